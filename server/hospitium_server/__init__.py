@@ -1,0 +1,1 @@
+"""The coordinator's side: rounds, unmasking, aggregation, models, reports."""
