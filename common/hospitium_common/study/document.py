@@ -1,0 +1,112 @@
+"""The study document: validated, frozen, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from hospitium_common.study.schema import DATA_BY_TASK, MODELS_BY_DATA, Model, Schema
+from hospitium_common.study.sections import (
+    Cohort,
+    EarlyStopping,
+    Evaluation,
+    Identity,
+    Privacy,
+    Section,
+    Strategy,
+    Task,
+    Training,
+)
+
+
+class Study(Section):
+    """Everything that a federated training will do, before it does it.
+
+    Two studies with the same content have the same ``digest``, whatever their files look like:
+    comments, order and defaults left out do not matter.
+    """
+
+    format: Literal[1]
+    study: Identity
+    task: Task
+    data: Schema
+    model: Model
+    training: Training
+    rounds: int = Field(gt=0, le=1000)
+    privacy: Privacy
+    cohort: Cohort = Cohort()
+    strategy: Strategy = Strategy()
+    evaluation: Evaluation = Evaluation()
+    early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_kind_follows_from_the_task(cls, document: Any) -> Any:
+        """People write what is predicted; the kind of data follows and need not be said twice."""
+        try:
+            kind = DATA_BY_TASK[document["task"]["kind"]]
+            return {**document, "data": {"kind": kind, **document["data"]}}
+        except (KeyError, TypeError):
+            return document
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        kind = DATA_BY_TASK[self.task.kind]
+        if self.data.kind != kind:
+            raise ValueError(
+                f"expected data.kind = {kind!r} for task.kind = {self.task.kind!r}, "
+                f"got {self.data.kind!r}"
+            )
+        if self.model.name not in MODELS_BY_DATA[kind]:
+            raise ValueError(
+                f"expected model.name to be one of {', '.join(MODELS_BY_DATA[kind])} for "
+                f"{self.task.kind}, got {self.model.name!r}"
+            )
+        weights = self.training.class_weights
+        if weights is not None and len(weights) != len(self.task.classes):
+            raise ValueError(
+                f"expected training.class_weights for {len(self.task.classes)} classes, "
+                f"got {len(weights)}"
+            )
+        if self.training.augmentation != "none" and kind != "image":
+            raise ValueError('expected training.augmentation = "none" without images')
+        if self.privacy.augmentation_multiplicity > 1 and self.training.augmentation == "none":
+            raise ValueError(
+                "expected training.augmentation with privacy.augmentation_multiplicity > 1"
+            )
+        return self
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical JSON (RFC 8785's rules for this document's types)."""
+        return hashlib.sha256(self.canonical()).digest()
+
+    def canonical(self) -> bytes:
+        """Return the one byte string that stands for this study."""
+        document = self.model_dump(mode="json")
+        return json.dumps(
+            document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        ).encode()
+
+    @property
+    def is_private(self) -> bool:
+        """Whether sites train with differential privacy."""
+        return self.privacy.mode == "dp"
+
+    def steps_per_round(self, units: int) -> int:
+        """Optimizer steps that a site with ``units`` training patients (or records) makes."""
+        if self.training.local_steps is not None:
+            return self.training.local_steps
+        assert self.training.local_epochs is not None  # noqa: S101 - Training's validator: one of the two
+        return max(1, math.ceil(self.training.local_epochs * units / self.training.batch_size))
+
+    def learning_rate(self, training_round: int) -> float:
+        """The sites' learning rate in training round 1, 2, … of the study."""
+        rate = self.training.learning_rate
+        if self.training.schedule == "constant":
+            return rate
+        return rate * 0.5 * (1 + math.cos(math.pi * (training_round - 1) / self.rounds))
