@@ -1,8 +1,8 @@
 """Where randomness comes from: always an argument, always labelled.
 
 Protocol and privacy code never reaches for a generator of its own. It asks an ``Entropy`` for
-32 fresh bytes under a label that says what they are for, so that production draws from the operating
-system and a simulation can be repeated bit for bit.
+32 fresh bytes under a label that says what they are for, so that production draws from the
+operating system and a simulation can be repeated bit for bit.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ Entropy = Callable[[str], bytes]
 """Label in, 32 bytes out. Two calls with the same label may or may not give the same bytes."""
 
 
-def system_entropy(label: str) -> bytes:  # noqa: ARG001 - the label serves seeded sources only
+def system_entropy(label: str) -> bytes:
     """Return 32 bytes from the operating system's generator."""
     return os.urandom(SEED_BYTES)
 

@@ -1,4 +1,4 @@
-"""A model's tensors as one flat float32 vector, and the layout that gives the vector its meaning."""
+"""A model's tensors as one flat float32 vector, and the layout that gives it its meaning."""
 
 from __future__ import annotations
 

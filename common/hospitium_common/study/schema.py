@@ -10,7 +10,7 @@ from hospitium_common.study.sections import Name, Positive, Section
 
 
 class Variable(Section):
-    """A measured variable; values outside ``low`` to ``high`` are implausible and count as missing."""
+    """A measured variable; outside ``low`` to ``high`` a value is implausible: it is missing."""
 
     name: Name
     low: float = Field(allow_inf_nan=False)

@@ -1,0 +1,63 @@
+"""The one command `hospitium`; its parts come from whatever packages are installed here."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib.metadata import EntryPoint, entry_points
+
+import typer
+from rich.console import Console
+
+from hospitium_common.errors import HospitiumError
+
+ORDER = ("study", "site", "data", "coordinator", "simulate")
+
+
+def main() -> None:
+    """Run `hospitium`; what it refuses on purpose is shown as one line, without a traceback."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        _application()(args=arguments, prog_name="hospitium", standalone_mode=True)
+    except HospitiumError as error:
+        if debug:
+            raise
+        errors.print("error:", style="bold red", end=" ")
+        errors.print(str(error), markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("stopped; what was finished is kept")
+        sys.exit(130)
+
+
+def _application() -> typer.Typer:
+    application = typer.Typer(
+        name="hospitium",
+        help="Federated learning across hospitals: the model travels, the records stay.\n\n"
+        "Add --debug to any command for a traceback instead of a one-line error.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    found = {point.name: point for point in entry_points(group="hospitium.commands")}
+    for name in sorted(found, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
+        part = _load(found[name])
+        if part is not None:
+            application.add_typer(part, name=name)
+    return application
+
+
+def _load(point: EntryPoint) -> typer.Typer | None:
+    """Load one part; a part whose room was not installed here is left out."""
+    try:
+        part = point.load()
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("hospitium"):
+            raise
+        logging.getLogger(__name__).debug("without %s: %s is not installed", point.name, error.name)
+        return None
+    assert isinstance(part, typer.Typer)  # noqa: S101 - the entry-point group holds typer apps only
+    return part

@@ -1,0 +1,106 @@
+"""A study in plain words, for the people who have to agree to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, assert_never
+
+from hospitium_common.study.schema import EventSchema, ImageSchema, TableSchema
+
+if TYPE_CHECKING:
+    from hospitium_common.study import Study
+
+STRATEGIES = {
+    "fedavg": "the weighted mean of the updates (FedAvg)",
+    "fedprox": "the weighted mean of updates that were held near the shared model (FedProx)",
+    "fedavgm": "the weighted mean with server momentum (FedAvgM)",
+    "fedadam": "an adaptive step along the mean update (FedAdam)",
+    "fedyogi": "an adaptive step along the mean update (FedYogi)",
+    "fedadagrad": "an adaptive step along the mean update (FedAdagrad)",
+}
+
+
+def explain(study: Study) -> tuple[tuple[str, str], ...]:
+    """Return (question, answer) pairs: what is trained on what, what leaves, what is promised."""
+    return (
+        ("What is it for?", f"{study.study.title}. {study.study.purpose}".strip()),
+        ("What is predicted?", _prediction(study)),
+        ("What does a hospital bring?", _data(study)),
+        ("What is trained?", _training(study)),
+        ("What leaves a hospital?", _leaving(study)),
+        ("What is promised?", promise(study)),
+        ("Who has to be there?", _cohort(study)),
+        ("Which study is this exactly?", f"SHA-256 {study.digest.hex()}"),
+    )
+
+
+def promise(study: Study) -> str:
+    """Return the privacy promise in one sentence."""
+    privacy = study.privacy
+    if not study.is_private:
+        return (
+            "No differential privacy: only sums over the whole cohort leave the hospitals' masks, "
+            "but nothing bounds what such a sum tells about one patient."
+        )
+    delta = "1/N^1.1 for a hospital's N patients" if privacy.delta is None else f"{privacy.delta:g}"
+    unit = "patient" if privacy.unit == "patient" else "single record (not: patient)"
+    return (
+        f"Whatever anyone learns from all model updates of a hospital over the whole study would "
+        f"have been nearly as likely without any one {unit}: epsilon {privacy.epsilon:g}, delta "
+        f"{delta}, with the noise added inside the hospital; counts and scores leave as exact "
+        "totals over the whole cohort and are not part of this promise."
+    )
+
+
+def _prediction(study: Study) -> str:
+    classes = ", ".join(study.task.classes)
+    if study.task.labels == "multi":
+        return f"Any number of: {classes}."
+    return f"Exactly one of: {classes}."
+
+
+def _data(study: Study) -> str:
+    data = study.data
+    if isinstance(data, ImageSchema):
+        colour = "grey" if data.channels == 1 else "colour"
+        return f"{colour.capitalize()} images, resized to {data.size[0]}×{data.size[1]} pixels."
+    if isinstance(data, EventSchema):
+        names = ", ".join(variable.name for variable in data.variables)
+        known = ", ".join(variable.name for variable in data.statics) or "nothing"
+        return (
+            f"{data.window_hours:g} hours in steps of {data.step_hours:g} h of {names}; known at "
+            f"admission: {known}."
+        )
+    if isinstance(data, TableSchema):
+        return "One row per record: " + ", ".join(column.name for column in data.columns) + "."
+    assert_never(data)
+
+
+def _training(study: Study) -> str:
+    training = study.training
+    length = (
+        f"{training.local_steps} steps"
+        if training.local_steps is not None
+        else f"{training.local_epochs:g} passes over its training patients"
+    )
+    return (
+        f"A {study.model.name}, {study.rounds} rounds; in each, every hospital makes {length} in "
+        f"batches of {training.batch_size} with {training.optimizer}; the coordinator then takes "
+        f"{STRATEGIES[study.strategy.name]}."
+    )
+
+
+def _leaving(study: Study) -> str:
+    return (
+        "Masked numbers only. The coordinator can remove the masks from the sum over the cohort, "
+        "never from one hospital's part. Sums of: the change of the model, record counts, feature "
+        "means for normalisation, losses, confusion counts and score histograms. No record, no "
+        "patient, no single hospital's figure."
+    )
+
+
+def _cohort(study: Study) -> str:
+    cohort = study.cohort
+    return (
+        f"At least {cohort.minimum_sites} hospitals, and more than two thirds of those invited; "
+        f"otherwise the round does not happen. At most {cohort.maximum_sites} take part."
+    )
