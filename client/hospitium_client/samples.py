@@ -42,6 +42,4 @@ class Samples:
     def take(self, index: Tensor) -> Samples:
         """Return the records at ``index``, patients renumbered without gaps."""
         _, patients = self.patients[index].unique(return_inverse=True)
-        return Samples(
-            inputs=self.inputs[index], targets=self.targets[index], patients=patients
-        )
+        return Samples(inputs=self.inputs[index], targets=self.targets[index], patients=patients)

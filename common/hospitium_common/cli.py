@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
 import typer
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from hospitium_common.errors import HospitiumError
 
-ORDER = ("study", "site", "data", "coordinator", "simulate")
+ORDER = ("study", "site", "data", "coordinator", "simulate", "demo")
 
 
 def main() -> None:
@@ -45,19 +46,20 @@ def _application() -> typer.Typer:
     found = {point.name: point for point in entry_points(group="hospitium.commands")}
     for name in sorted(found, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
         part = _load(found[name])
-        if part is not None:
+        if isinstance(part, typer.Typer):
             application.add_typer(part, name=name)
+        elif part is not None:
+            application.command(name)(part)
     return application
 
 
-def _load(point: EntryPoint) -> typer.Typer | None:
-    """Load one part; a part whose room was not installed here is left out."""
+def _load(point: EntryPoint) -> typer.Typer | Callable[..., None] | None:
+    """Load a group of commands or a single one; what was not installed here is left out."""
     try:
-        part = point.load()
+        part: typer.Typer | Callable[..., None] = point.load()
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("hospitium"):
             raise
         logging.getLogger(__name__).debug("without %s: %s is not installed", point.name, error.name)
         return None
-    assert isinstance(part, typer.Typer)  # noqa: S101 - the entry-point group holds typer apps only
     return part

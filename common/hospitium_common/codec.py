@@ -27,6 +27,11 @@ class Reader:
         self._view = memoryview(message)
         self._at = 0
 
+    @property
+    def at_end(self) -> bool:
+        """Whether every byte was read."""
+        return self._at == len(self._view)
+
     def part(self, length: int | None = None) -> memoryview:
         """Return the next part without copying; with ``length``, demand exactly that many bytes.
 
@@ -48,7 +53,7 @@ class Reader:
 
     def finish(self) -> None:
         """Demand that nothing is left."""
-        if self._at != len(self._view):
+        if not self.at_end:
             left = len(self._view) - self._at
             raise PeerProtocolError(f"expected the end of the message, got {left} more bytes")
 

@@ -17,9 +17,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from hospitium_common.privacy import SpendEvent
+
 from hospitium_common.codec import encode_parts
 from hospitium_common.errors import BudgetExceeded, LocalProtocolError
-from hospitium_common.privacy import SpendEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -112,7 +112,6 @@ class Cohort(Section):
     deadline_s: Positive = 3600.0
     weight_cap: int = Field(default=10_000, gt=0, lt=2**32)
     ring_bits: Literal[16, 24, 32] = 24
-    rotate: bool = False
     update_bound: Positive = 2.0
 
     @model_validator(mode="after")

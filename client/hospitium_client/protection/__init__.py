@@ -1,0 +1,1 @@
+"""What stands between an update and the outside: the ledger and the mask."""

@@ -1,0 +1,234 @@
+"""What is left of a round for those who want to check it.
+
+The transcript holds no update: commitments, signed digests, confirmations, and the released seeds
+of masks that are gone. With the signed masked vectors beside it anyone recomputes the integer sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hospitium_common.codec import Reader, encode_parts
+from hospitium_common.errors import PeerProtocolError
+from hospitium_common.messages import Masked, Ready, Task, decode
+from hospitium_common.secagg.context import (
+    cohort_digest,
+    round_context,
+    secret_commitment,
+    seed_commitment,
+    survivors_digest,
+)
+from hospitium_common.secagg.fixed_point import unpack_words
+from hospitium_common.secagg.hashing import Label, derive, is_signed_by, payload_digest
+from hospitium_common.secagg.masks import Mask, add_masks
+from hospitium_common.secagg.sealing import cipher_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from numpy.typing import NDArray
+
+    from hospitium_common.roster import Roster
+    from hospitium_common.secagg.policy import SecAggPolicy
+
+
+def result_digest(words: NDArray[Any], tail: NDArray[np.uint64]) -> bytes:
+    """Digest of the announced integer sum; the next task names it as the previous result."""
+    return payload_digest(Label.RESULT, words.tobytes(), tail.tobytes())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transcript:
+    """One finished round. ``task`` is without model and public figures; its digest binds them.
+
+    ``digests`` maps a survivor to the digest of its masked vector and its signature on it;
+    ``released`` maps a member of the cohort to the one secret of it that was rebuilt.
+    """
+
+    task: Task
+    roster_digest: bytes
+    ready: Mapping[int, Ready]
+    digests: Mapping[int, tuple[bytes, bytes]]
+    acks: Mapping[int, bytes]
+    released: Mapping[int, bytes]
+    result: bytes
+
+    def encode(self) -> bytes:
+        """Return the transcript as bytes."""
+        return encode_parts(
+            self.task.encode(),
+            self.roster_digest,
+            encode_parts(*(self.ready[site].encode() for site in sorted(self.ready))),
+            encode_parts(*(encode_parts(s, *self.digests[s]) for s in sorted(self.digests))),
+            encode_parts(*(encode_parts(s, self.acks[s]) for s in sorted(self.acks))),
+            encode_parts(*(encode_parts(s, self.released[s]) for s in sorted(self.released))),
+            self.result,
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> Transcript:
+        """Read what ``encode`` wrote.
+
+        Raises:
+            PeerProtocolError: the bytes are something else.
+        """
+        reader = Reader(data)
+        task = decode(reader.bytes())
+        roster_digest = reader.bytes(32)
+        ready = [decode(row) for row in _rows(reader)]
+        digests: dict[int, tuple[bytes, bytes]] = {}
+        acks: dict[int, bytes] = {}
+        released: dict[int, bytes] = {}
+        for row in _rows(reader):
+            inner = Reader(row)
+            site = inner.integer()
+            digests[site] = (inner.bytes(64), inner.bytes(64))
+        for table, length in ((acks, 64), (released, 32)):
+            for row in _rows(reader):
+                inner = Reader(row)
+                site = inner.integer()
+                table[site] = inner.bytes(length)
+        result = reader.bytes(64)
+        reader.finish()
+        heads = [one for one in ready if isinstance(one, Ready)]
+        if not isinstance(task, Task) or len(heads) != len(ready):
+            raise PeerProtocolError("expected a transcript, got other messages")
+        return cls(
+            task=task, roster_digest=roster_digest, ready={r.head.site: r for r in heads},
+            digests=digests, acks=acks, released=released, result=result,
+        )  # fmt: skip
+
+
+def check_inclusion(
+    transcript: Transcript, roster: Roster, policy: SecAggPolicy, site: int, digest: bytes
+) -> None:
+    """Check that a site's own masked vector was in a sum that enough sites confirmed.
+
+    Raises:
+        PeerProtocolError: it was not, or the transcript contradicts itself.
+    """
+    context, _, confirmed = _check_signatures(transcript, roster, policy)
+    if transcript.digests.get(site, (b"",))[0] != digest:
+        raise PeerProtocolError(f"site {site}: its vector is not in the announced sum", blame=0)
+    threshold = policy.threshold(len(transcript.task.invited))
+    if confirmed < threshold:
+        raise PeerProtocolError(
+            f"expected {threshold} confirmations in context {context.hex()[:12]}, got {confirmed}",
+            blame=0,
+        )
+
+
+def audit(
+    transcript: Transcript, roster: Roster, policy: SecAggPolicy, masked: Iterable[Masked]
+) -> None:
+    """Recompute the integer sum from the signed masked vectors and the released seeds.
+
+    Raises:
+        PeerProtocolError: the announced result is not that sum, or something is not signed.
+    """
+    _, cohort, _ = _check_signatures(transcript, roster, policy)
+    words: NDArray[Any] | None = None
+    tail = np.zeros(policy.tail_len, np.uint64)
+    seen = set()
+    for one in masked:
+        if transcript.digests.get(one.site, (b"",))[0] != payload_digest(
+            Label.PAYLOAD, one.body, one.tail
+        ):
+            raise PeerProtocolError(f"site {one.site}: another vector was signed", blame=0)
+        vector = unpack_words(one.body, policy.ring_bits, transcript.task.quantiser.size)
+        words = vector if words is None else np.add(words, vector)
+        tail = tail + np.frombuffer(one.tail, np.uint64)
+        seen.add(one.site)
+    if words is None or seen != set(transcript.digests):
+        raise PeerProtocolError("expected the masked vector of every survivor, once", blame=0)
+    masks = unmasking_keys(transcript, roster, policy)
+    add_masks(words, expand(masks, b"body", cohort))
+    add_masks(tail, expand(masks, b"tail", cohort))
+    if policy.ring_bits == 24:
+        words &= np.uint32(0xFFFFFF)
+    if result_digest(words, tail) != transcript.result:
+        raise PeerProtocolError("the announced result is not the sum of the vectors", blame=0)
+
+
+def unmasking_keys(
+    transcript: Transcript, roster: Roster, policy: SecAggPolicy
+) -> list[tuple[bytes, bytes, int]]:
+    """Return (seed, label, sign) of every mask that is left in the sum of the survivors.
+
+    Raises:
+        PeerProtocolError: a secret or a table does not fit its dealer's commitment.
+    """
+    context = round_context(transcript.task, roster, policy)
+    masks: list[tuple[bytes, bytes, int]] = []
+    for site in sorted(transcript.ready):
+        survived, secret = site in transcript.digests, transcript.released.get(site, b"")
+        head = transcript.ready[site].head
+        expected = head.self_mask_commitment if survived else head.table_key_commitment
+        if secret_commitment(context, site, secret, survived=survived) != expected:
+            raise PeerProtocolError(
+                f"site {site}: it dealt shares of something else than it committed to", site
+            )
+        if survived:
+            masks.append((secret, Label.MASK_SELF, -1))
+            continue
+        peers = [peer for peer in transcript.task.invited if peer != site]
+        sealed = transcript.ready[site].table
+        table = cipher_table(secret, context, sealed)
+        for survivor in sorted(transcript.digests):
+            at = peers.index(survivor) * 32
+            seed = table[at : at + 32]
+            committed = transcript.ready[survivor].seed_commitments[site]
+            if seed_commitment(context, site, survivor, seed) != committed:
+                raise PeerProtocolError(
+                    f"site {site}: the table of pair seeds it left behind is wrong", site
+                )
+            masks.append((seed, Label.MASK_PAIR, 1 if survivor > site else -1))
+    return masks
+
+
+def expand(masks: Iterable[tuple[bytes, bytes, int]], part: bytes, cohort: bytes) -> list[Mask]:
+    """Turn seeds into the masks of one part (body or tail) for one cohort."""
+    return [
+        Mask(derive(seed, label, part, cohort), 1 if sign > 0 else -1)
+        for seed, label, sign in masks
+    ]
+
+
+def _rows(reader: Reader) -> list[bytes]:
+    inner, rows = Reader(reader.part()), []
+    while not inner.at_end:
+        rows.append(inner.bytes())
+    return rows
+
+
+def _check_signatures(
+    transcript: Transcript, roster: Roster, policy: SecAggPolicy
+) -> tuple[bytes, bytes, int]:
+    """Return context, cohort digest and how many survivors confirmed, all signatures checked."""
+    task = transcript.task
+    context = round_context(task, roster, policy)
+    if transcript.roster_digest != roster.digest or not is_signed_by(
+        roster.coordinator, task.signature, Label.TASK, context
+    ):
+        raise PeerProtocolError("the transcript is not of a task for this roster and study", 0)
+    for site, answer in transcript.ready.items():
+        if site not in roster.sites or not is_signed_by(
+            roster.sites[site].sign, answer.signature, Label.READY, *answer.head.parts()
+        ):
+            raise PeerProtocolError(f"site {site}: its READY head is not signed by it", 0)
+    cohort = cohort_digest(context, [answer.head for answer in transcript.ready.values()])
+    for site, (digest, signature) in transcript.digests.items():
+        if site not in transcript.ready or not is_signed_by(
+            roster.sites[site].sign, signature, Label.MASKED, context, cohort, site, digest
+        ):
+            raise PeerProtocolError(f"site {site}: its digest is not signed by it", 0)
+    digests = {site: digest for site, (digest, _) in transcript.digests.items()}
+    root = survivors_digest(context, cohort, digests)
+    confirmed = sum(
+        site in digests and is_signed_by(roster.sites[site].sign, signature, Label.ACK, root)
+        for site, signature in transcript.acks.items()
+    )
+    return context, cohort, confirmed
