@@ -2,12 +2,50 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export OMP_NUM_THREADS ?= 2
 
-.PHONY: test
-$(VENV)/.installed: pyproject.toml constraints.txt
+.PHONY: help demo test check format bench bench-round bench-secagg bench-private clean
+
+help:  ## show this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
+
+$(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(INSTALL) --editable ".[simulation]"
 	touch $@
 
-test: $(VENV)/.installed  ## run every test
-	$(BIN)/python -m pytest
+$(VENV)/.check: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable ".[check]"
+	touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## train a CNN and an LSTM across four synthetic hospitals
+	$(BIN)/hospitium demo
+
+test: $(VENV)/.check  ## run every test
+	$(BIN)/python -m pytest --numprocesses 2
+
+check: $(VENV)/.check  ## lint, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.check  ## put the code in its usual form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: bench-round bench-secagg bench-private  ## every benchmark; figures in bench-results/
+
+bench-round: $(VENV)/.check  ## what a simulated federation costs on top of bare training
+	$(BIN)/python -m hospitium_simulations.benchmarks.round
+
+bench-secagg: $(VENV)/.check  ## secure aggregation against Flower's SecAgg+
+	$(BIN)/python -m hospitium_simulations.benchmarks.secagg
+
+bench-private: $(VENV)/.check  ## private training against plain PyTorch and Opacus
+	$(BIN)/python -m hospitium_simulations.benchmarks.private
+
+clean:  ## remove what was built here
+	rm -rf $(VENV) bench-results runs

@@ -60,7 +60,8 @@ def inputs_for(study: Study, batch: int) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_a_record_gets_the_same_logits_alone_and_in_company(case):
     study = study_for(case)
-    model = build(study).eval()
+    model = build(study)  # in training mode: no model of the house has dropout by default
+    assert not list(model.buffers())
     inputs = inputs_for(study, 5)
     together = model(inputs)
     alone = torch.cat([model(inputs[i : i + 1]) for i in range(5)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from hospitium_common.errors import DataRejected
 
 if TYPE_CHECKING:
@@ -41,5 +43,5 @@ class Samples:
 
     def take(self, index: Tensor) -> Samples:
         """Return the records at ``index``, patients renumbered without gaps."""
-        _, patients = self.patients[index].unique(return_inverse=True)
+        _, patients = torch.unique(self.patients[index], return_inverse=True)
         return Samples(inputs=self.inputs[index], targets=self.targets[index], patients=patients)

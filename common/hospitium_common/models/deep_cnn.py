@@ -11,7 +11,8 @@ from torch import nn
 if TYPE_CHECKING:
     from hospitium_common.study.schema import DeepCnn
 
-NORM: tuple[str, dict[str, Any]] = ("group", {"num_groups": 16})
+GROUPS = 16
+NORM: tuple[str, dict[str, Any]] = ("group", {"num_groups": GROUPS})
 ACTIVATION: tuple[str, dict[str, Any]] = ("relu", {"inplace": False})
 SMALLEST_FOR_DENSENET = 64
 SMALL_IMAGE = 64
@@ -25,7 +26,7 @@ def deep_cnn(options: DeepCnn, *, channels: int, size: tuple[int, int], classes:
     """
     small = min(size) <= SMALL_IMAGE
     if options.name == "resnet18":
-        return ResNet(
+        network: nn.Module = ResNet(
             block="basic",
             layers=[2, 2, 2, 2],
             block_inplanes=[64, 128, 256, 512],
@@ -38,6 +39,7 @@ def deep_cnn(options: DeepCnn, *, channels: int, size: tuple[int, int], classes:
             norm=NORM,
             act=ACTIVATION,
         )
+        return _with_group_norm(network)
     network = DenseNet(
         spatial_dims=2, in_channels=channels, out_channels=classes, norm=NORM, act=ACTIVATION
     )
@@ -45,3 +47,17 @@ def deep_cnn(options: DeepCnn, *, channels: int, size: tuple[int, int], classes:
         return network
     enlarge = nn.Upsample(size=(SMALLEST_FOR_DENSENET,) * 2, mode="bilinear", align_corners=False)
     return nn.Sequential(enlarge, network)
+
+
+def _with_group_norm(network: nn.Module) -> nn.Module:
+    """Replace what MONAI's ResNet builds with BatchNorm inside its blocks, whatever norm is asked.
+
+    MONAI 1.6 hands ``norm`` to the entrance of the network only.
+    """
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.BatchNorm2d):
+            owner, _, attribute = name.rpartition(".")
+            setattr(
+                network.get_submodule(owner), attribute, nn.GroupNorm(GROUPS, layer.num_features)
+            )
+    return network

@@ -1,0 +1,122 @@
+"""Epsilon of what was spent, and the noise that a planned study needs.
+
+Opacus computes both bounds used here: Rényi (Mironov 2017; Mironov, Talwar and Zhang 2019) and PRV
+(Gopi, Lee and Wutschitz 2021). Both are valid upper bounds, so the smaller one counts. Opacus's GDP
+accountant is an approximation that falls below the valid bound; it is never used.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from opacus.accountants import PRVAccountant, RDPAccountant
+
+from hospitium_common.errors import ConfigError
+from hospitium_common.privacy import SpendEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LARGEST_NOISE = 1000.0
+PRECISION = 2e-3
+"""Relative width of the bracket in which calibration stops, at its safe end."""
+RDP_ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(11, 64)) + [80, 128, 256, 512, 1024]
+
+History = tuple[tuple[float, float, int], ...]
+
+
+def epsilon(events: Sequence[SpendEvent], delta: float) -> float:
+    """Return epsilon of all events together, at this delta; 0 for no events.
+
+    **Guarantees:** never below the true epsilon of the composed mechanism.
+    """
+    merged: dict[tuple[float, float], int] = {}
+    for event in events:
+        if event.steps:
+            key = (event.noise_multiplier, event.sampling_rate)
+            merged[key] = merged.get(key, 0) + event.steps
+    history = tuple((noise, rate, steps) for (noise, rate), steps in sorted(merged.items()))
+    return _epsilon(history, delta)
+
+
+def calibrate_noise(
+    *, epsilon: float, delta: float, sample_rate: float, steps: int,
+    spent: Sequence[SpendEvent] = (),
+) -> float:  # fmt: skip
+    """Return the smallest noise multiplier with which ``steps`` more steps stay within epsilon.
+
+    Raises:
+        ConfigError: the budget cannot be met with any reasonable noise.
+    """
+    history = tuple((e.noise_multiplier, e.sampling_rate, e.steps) for e in spent if e.steps)
+    return _calibrate(epsilon, delta, sample_rate, steps, history)
+
+
+def default_delta(patients: int) -> float:
+    """Return 1/N^1.1 for N patients."""
+    return 1.0 / max(patients, 2) ** 1.1
+
+
+def check_delta(delta: float, patients: int) -> None:
+    """Refuse a delta that would allow the disclosure of one whole patient.
+
+    Raises:
+        ConfigError: delta ≥ 1/N.
+    """
+    if delta >= 1.0 / patients:
+        raise ConfigError(
+            f"expected delta below 1/N for this site's N patients, got {delta:g}; leave "
+            "privacy.delta out of the study, or choose a smaller one"
+        )
+
+
+@lru_cache(maxsize=256)
+def _calibrate(epsilon: float, delta: float, rate: float, steps: int, spent: History) -> float:
+    def cost(noise: float) -> float:
+        return _epsilon((*spent, (noise, rate, steps)), delta)
+
+    low, high = 0.3, 1.0
+    while cost(high) > epsilon:
+        low, high = high, high * 1.6
+        if high > LARGEST_NOISE:
+            raise ConfigError(
+                f"expected a budget that {steps} steps can keep, epsilon {epsilon:g} is too small "
+                "for this site; allow more, or plan fewer rounds"
+            )
+    while high / low > 1 + PRECISION:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if cost(middle) <= epsilon else (middle, high)
+    return high
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(history: History, delta: float) -> float:
+    if not history:
+        return 0.0
+    if any(noise <= 0 for noise, _, _ in history):
+        return math.inf
+    return min(_renyi(history, delta), _prv(history, delta))
+
+
+def _renyi(history: History, delta: float) -> float:
+    accountant = RDPAccountant()
+    accountant.history = list(history)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it suggests more orders at the ends of the range
+        return float(accountant.get_epsilon(delta, alphas=RDP_ORDERS))
+
+
+def _prv(history: History, delta: float) -> float:
+    """Return PRV's upper bound, or infinity where its discretisation does not hold."""
+    accountant = PRVAccountant()
+    accountant.history = list(history)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = float(accountant.get_epsilon(delta))
+    except (ValueError, RuntimeError, OverflowError, MemoryError):
+        return math.inf
+    return found if found >= 0 else math.inf

@@ -1,0 +1,80 @@
+"""Means and spreads of the features over all hospitals, from one masked sum before round 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hospitium_common.codec import Reader, encode_parts
+from hospitium_common.errors import PeerProtocolError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hospitium_common.study import Study
+
+SUM_SCALE = 2.0**20
+"""Sums are taken over values mapped from their plausible range to 0…1, in steps of 2^-20."""
+FEWEST_VALUES = 20
+SMALLEST_SPREAD = 1e-3
+
+
+def ranges(study: Study) -> NDArray[np.float64]:
+    """Return ``[feature, low | high]``: the public range of every normalised feature."""
+    data = study.data
+    if data.kind == "image":
+        return np.tile([0.0, 1.0], (data.channels, 1))
+    variables = data.columns if data.kind == "table" else data.variables + data.statics
+    return np.array([(variable.low, variable.high) for variable in variables], np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """Mean and standard deviation per feature, in the variables' own units."""
+
+    means: NDArray[np.float64]
+    deviations: NDArray[np.float64]
+
+    @classmethod
+    def from_totals(cls, totals: NDArray[np.int64], study: Study) -> Normalisation:
+        """Turn ``[count | sum | sum of squares, feature]`` into means and deviations.
+
+        A feature that nearly nobody measured keeps the middle and a quarter of its range, so
+        that a handful of patients does not show.
+        """
+        low, high = ranges(study).T
+        count = np.maximum(totals[0], 1)
+        mean = totals[1] / SUM_SCALE / count
+        variance = totals[2] / SUM_SCALE / count - mean**2
+        deviation = np.sqrt(np.maximum(variance, SMALLEST_SPREAD**2))
+        few = totals[0] < FEWEST_VALUES
+        mean, deviation = np.where(few, 0.5, mean), np.where(few, 0.25, deviation)
+        return cls(means=low + mean * (high - low), deviations=deviation * (high - low))
+
+    def apply(self, values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+        """Centre and scale along the feature axis; NaN stays NaN."""
+        shape = [1] * values.ndim
+        shape[axis] = -1
+        means = self.means.astype(np.float32).reshape(shape)
+        return (values - means) / self.deviations.astype(np.float32).reshape(shape)
+
+    def encode(self) -> bytes:
+        """Return the figures as bytes."""
+        return encode_parts(self.means.tobytes(), self.deviations.tobytes())
+
+    @classmethod
+    def decode(cls, data: bytes, study: Study) -> Normalisation:
+        """Read what ``encode`` wrote for this study.
+
+        Raises:
+            PeerProtocolError: the bytes do not fit the study.
+        """
+        reader, features = Reader(data), len(ranges(study))
+        means = np.frombuffer(reader.bytes(8 * features))
+        deviations = np.frombuffer(reader.bytes(8 * features))
+        reader.finish()
+        if not (np.isfinite(means).all() and (deviations > 0).all()):
+            raise PeerProtocolError("expected finite means and positive deviations", blame=0)
+        return cls(means=means, deviations=deviations)

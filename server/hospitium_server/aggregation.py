@@ -1,0 +1,94 @@
+"""Server optimizers: the mean update is a pseudo-gradient (Reddi et al. 2021, algorithm 2).
+
+All arithmetic is in float64 on flat vectors ``[size]``; the model itself stays float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hospitium_common.errors import PeerProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from hospitium_common.study import Study
+
+    Vector = NDArray[np.float64]
+
+SUSPICIOUS = 10.0
+"""An aggregate whose norm is this many times the median of the rounds before is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerState:
+    """First and second moment of the pseudo-gradient; empty where the strategy keeps none."""
+
+    first: Vector
+    second: Vector
+
+
+def start(study: Study, size: int) -> OptimizerState:
+    """Return the state before the first round."""
+    strategy, nothing = study.strategy, np.zeros(0)
+    adaptive = strategy.name in ("fedadam", "fedyogi", "fedadagrad")
+    keeps_first = adaptive or strategy.name == "fedavgm"
+    return OptimizerState(
+        first=np.zeros(size) if keeps_first else nothing,
+        second=np.full(size, strategy.tau**2) if adaptive else nothing,
+    )
+
+
+def apply(
+    study: Study, state: OptimizerState, parameters: NDArray[np.float32], mean_update: Vector
+) -> tuple[OptimizerState, NDArray[np.float32]]:
+    """Take one step along the mean update; return the new state and the new parameters.
+
+    FedProx differs from FedAvg at the sites only.
+    """
+    strategy, rate = study.strategy, study.strategy.server_learning_rate
+    first, second = state.first, state.second
+    if strategy.name in ("fedavg", "fedprox"):
+        step = rate * mean_update
+    elif strategy.name == "fedavgm":
+        first = strategy.server_momentum * first + mean_update
+        step = rate * first
+    else:
+        first = strategy.beta_1 * first + (1 - strategy.beta_1) * mean_update
+        square = mean_update**2
+        if strategy.name == "fedadagrad":
+            second = second + square
+        elif strategy.name == "fedadam":
+            second = strategy.beta_2 * second + (1 - strategy.beta_2) * square
+        else:
+            second = second - (1 - strategy.beta_2) * square * np.sign(second - square)
+        step = rate * first / (np.sqrt(second) + strategy.tau)
+    moved = (parameters.astype(np.float64) + step).astype(np.float32)
+    return OptimizerState(first=first, second=second), moved
+
+
+def check_aggregate(mean_update: Vector, norms_before: Sequence[float], bound: float) -> float:
+    """Return the norm of the mean update, if it is one that honest sites could have made.
+
+    ``bound`` is the norm that the sites' own clipping bounds allow; the rounds before bound it
+    too, once there are three of them.
+
+    Raises:
+        PeerProtocolError: the aggregate is not finite or far too large; it must not be applied.
+    """
+    norm = float(np.linalg.norm(mean_update))
+    if not np.isfinite(norm):
+        raise PeerProtocolError("expected a finite mean update, got NaN or infinity")
+    if norm > bound:
+        raise PeerProtocolError(f"expected a mean update of norm ≤ {bound:.3g}, got {norm:.3g}")
+    if len(norms_before) >= 3 and norm > SUSPICIOUS * float(np.median(norms_before)):
+        raise PeerProtocolError(
+            f"expected a mean update of norm about {np.median(norms_before):.3g} as in the rounds "
+            f"before, got {norm:.3g}: a site may be poisoning the model"
+        )
+    return norm

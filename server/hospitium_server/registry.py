@@ -1,0 +1,199 @@
+"""Model versions and the rounds that made them: one SQLite file, one safetensors file each.
+
+A version is immutable and names its parent. Its row is written after its file is on disk, so a
+crash or a full disk at any moment leaves the version before as the latest one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors.numpy
+
+from hospitium_common.durable import write_durably
+from hospitium_common.errors import ConfigError
+from hospitium_server.aggregation import OptimizerState
+from hospitium_server.evaluation import Figures
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS versions (
+    number INTEGER PRIMARY KEY,
+    study TEXT NOT NULL,
+    layout TEXT NOT NULL,
+    parent TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    round TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS figures (number INTEGER PRIMARY KEY, validation TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS attempts (round INTEGER PRIMARY KEY, last INTEGER NOT NULL) STRICT;
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """What happened in the round that made a version; ``missing`` says who was not there, why.
+
+    ``quantisation_error`` is a bound on the rounding error's norm relative to the update's.
+    """
+
+    round: int
+    survivors: tuple[int, ...] = ()
+    missing: dict[int, str] = field(default_factory=dict)
+    attempts: int = 0
+    seconds: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    update_norm: float = 0.0
+    quantisation_error: float = 0.0
+    clipped_fraction: float = 0.0
+    dropped_contributions: int = 0
+    second_moments: tuple[float, ...] = ()
+    result: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A model version: parameters float32 ``[size]``, server optimizer, and how it came about."""
+
+    number: int
+    parameters: NDArray[np.float32]
+    optimizer: OptimizerState
+    normalisation: bytes
+    record: RoundRecord
+
+
+class Registry:
+    """The versions of one study in one directory."""
+
+    def __init__(self, directory: Path, study: bytes, layout: bytes) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self._study, self._layout = study.hex(), layout.hex()
+        self._database = sqlite3.connect(directory / "registry.sqlite", isolation_level=None)
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = FULL")
+        self._database.executescript(SCHEMA)
+        with closing(self._database.execute("SELECT study, layout FROM versions LIMIT 1")) as rows:
+            found = rows.fetchone()
+        if found is not None and tuple(found) != (self._study, self._layout):
+            raise ConfigError(
+                f"{directory}: expected the models of study {self._study[:12]}, got those of "
+                f"{found[0][:12]}; the study file was changed after it began. Use a new directory"
+            )
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    def next_attempt(self, round_number: int) -> int:
+        """Count an attempt of a round, on disk before it begins."""
+        self._database.execute(
+            "INSERT INTO attempts VALUES (?, 1) ON CONFLICT (round) DO UPDATE SET last = last + 1",
+            (round_number,),
+        )
+        query = "SELECT last FROM attempts WHERE round = ?"
+        return int(self._database.execute(query, (round_number,)).fetchone()[0])
+
+    def save(self, version: Version) -> None:
+        """Write a version: first its file, then its row."""
+        tensors: dict[str, NDArray[Any]] = {
+            "parameters": version.parameters,
+            "optimizer.first": version.optimizer.first,
+            "optimizer.second": version.optimizer.second,
+            "normalisation": np.frombuffer(version.normalisation, np.uint8),
+        }
+        parent = self._digest_of(version.number - 1)
+        metadata = {"study": self._study, "layout": self._layout, "parent": parent}
+        data = safetensors.numpy.save(tensors, {**metadata, "version": str(version.number)})
+        write_durably(self._file(version.number), data)
+        self._database.execute(
+            "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                version.number, self._study, self._layout, parent,
+                hashlib.sha256(data).hexdigest(), json.dumps(asdict(version.record)),
+            ),
+        )  # fmt: skip
+
+    def note(self, number: int, validation: Figures) -> None:
+        """Note how a version does on validation patients; known one round after it was made."""
+        self._database.execute(
+            "INSERT OR REPLACE INTO figures VALUES (?, ?)",
+            (number, json.dumps(asdict(validation))),
+        )
+
+    def latest(self) -> Version | None:
+        """Return the last version that is wholly on disk."""
+        with closing(self._database.execute("SELECT max(number) FROM versions")) as rows:
+            number = rows.fetchone()[0]
+        return None if number is None else self.load(int(number))
+
+    def load(self, number: int) -> Version:
+        """Return one version.
+
+        Raises:
+            ConfigError: the file is missing or is not what was written.
+        """
+        path = self._file(number)
+        query = "SELECT digest, round FROM versions WHERE number = ?"
+        row = self._database.execute(query, (number,)).fetchone()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{path}: expected model version {number}, got none") from error
+        if row is None or hashlib.sha256(data).hexdigest() != row[0]:
+            raise ConfigError(f"{path}: expected the version that was registered, got another")
+        tensors = safetensors.numpy.load(data)
+        return Version(
+            number=number,
+            parameters=tensors["parameters"],
+            optimizer=OptimizerState(
+                first=tensors["optimizer.first"], second=tensors["optimizer.second"]
+            ),
+            normalisation=tensors["normalisation"].tobytes(),
+            record=_record(row[1]),
+        )
+
+    def history(self) -> tuple[tuple[RoundRecord, Figures | None], ...]:
+        """Return every version's round and, where known, its validation figures."""
+        query = (
+            "SELECT round, validation FROM versions LEFT JOIN figures USING (number) "
+            "ORDER BY number"
+        )
+        with closing(self._database.execute(query)) as rows:
+            return tuple(
+                (_record(made), None if seen is None else Figures(**json.loads(seen)))
+                for made, seen in rows
+            )
+
+    def lineage(self) -> tuple[tuple[int, str, str], ...]:
+        """Return (number, digest, parent's digest) of every version."""
+        query = "SELECT number, digest, parent FROM versions ORDER BY number"
+        with closing(self._database.execute(query)) as rows:
+            return tuple((int(n), str(digest), str(parent)) for n, digest, parent in rows)
+
+    def _digest_of(self, number: int) -> str:
+        query = "SELECT digest FROM versions WHERE number = ?"
+        row = self._database.execute(query, (number,)).fetchone()
+        return "" if row is None else str(row[0])
+
+    def _file(self, number: int) -> Path:
+        return self.directory / f"version-{number:04d}.safetensors"
+
+
+def _record(text: str) -> RoundRecord:
+    fields = json.loads(text)
+    fields["survivors"] = tuple(fields["survivors"])
+    fields["second_moments"] = tuple(fields["second_moments"])
+    fields["missing"] = {int(site): reason for site, reason in fields["missing"].items()}
+    return RoundRecord(**fields)
