@@ -161,6 +161,16 @@ def evaluation_sums(
     )
 
 
+CLIPPED_WORD = 1
+
+
+def note_clipped(tail: NDArray[np.uint64], clipped: int) -> NDArray[np.uint64]:
+    """Note in a training tail how many values the quantiser clipped."""
+    noted = tail.copy()
+    noted[CLIPPED_WORD] = clipped
+    return noted
+
+
 @dataclass(frozen=True, kw_only=True)
 class TailLayout:
     """How the words of a tail are laid out for one study: the same length for every purpose."""
@@ -201,12 +211,6 @@ class TailLayout:
         tail = np.zeros(self.length, np.uint64)
         tail[: len(words)] = words.astype(np.uint64)
         return tail
-
-    def with_clipped(self, tail: NDArray[np.uint64], clipped: int) -> NDArray[np.uint64]:
-        """Note in a training tail how many values the quantiser clipped."""
-        noted = tail.copy()
-        noted[1] = clipped
-        return noted
 
     def statistics(self, totals: NDArray[np.uint64]) -> StatisticsSums:
         """Read the totals of a statistics round."""

@@ -60,7 +60,7 @@ def numbers(
     else:
         text = cells.astype(str).str.strip()
         gap = (text == "").to_numpy() | text.isin(list(missing)).to_numpy()
-        found = pd.to_numeric(text, errors="coerce").to_numpy(np.float64)
+        found = pd.to_numeric(text, errors="coerce").to_numpy(np.float64, copy=True)
         found[gap] = np.nan
         wrong = ~gap & ~np.isfinite(found)
     _refuse(wrong, path, column, "a finite number or an empty cell")

@@ -56,11 +56,13 @@ class SiteState:
     def for_epoch(
         cls, roster_digest: bytes, roots: Mapping[int, bytes], *, after: SiteState
     ) -> SiteState:
-        """Return the state at the start of a key epoch: fresh roots, nothing forgotten."""
+        """Return the state at the start of a key epoch: fresh roots, nothing forgotten.
+
+        Fresh roots stand at ratchet position 0 at every site, however far each has gone.
+        """
         return cls(
-            roster_digest=roster_digest, roots=roots, ratchet_at=after.latest[0],
-            latest=after.latest, spent=after.spent,
-        )  # fmt: skip
+            roster_digest=roster_digest, roots=roots, latest=after.latest, spent=after.spent
+        )
 
     def encode(self) -> bytes:
         """Return the state as bytes. They hold secrets: a file of mode 0600, never a message."""

@@ -33,13 +33,13 @@ def epsilon(events: Sequence[SpendEvent], delta: float) -> float:
 
     **Guarantees:** never below the true epsilon of the composed mechanism.
     """
-    merged: dict[tuple[float, float], int] = {}
-    for event in events:
-        if event.steps:
-            key = (event.noise_multiplier, event.sampling_rate)
-            merged[key] = merged.get(key, 0) + event.steps
-    history = tuple((noise, rate, steps) for (noise, rate), steps in sorted(merged.items()))
-    return _epsilon(history, delta)
+    return _epsilon(_merged(events), delta)
+
+
+def is_within(events: Sequence[SpendEvent], delta: float, limit: float) -> bool:
+    """Whether the events cost at most ``limit``; asks the slower accountant only if it matters."""
+    history = _merged(events)
+    return not history or _renyi(history, delta) <= limit or _epsilon(history, delta) <= limit
 
 
 def calibrate_noise(
@@ -51,8 +51,7 @@ def calibrate_noise(
     Raises:
         ConfigError: the budget cannot be met with any reasonable noise.
     """
-    history = tuple((e.noise_multiplier, e.sampling_rate, e.steps) for e in spent if e.steps)
-    return _calibrate(epsilon, delta, sample_rate, steps, history)
+    return _calibrate(epsilon, delta, sample_rate, steps, _merged(spent))
 
 
 def default_delta(patients: int) -> float:
@@ -71,6 +70,16 @@ def check_delta(delta: float, patients: int) -> None:
             f"expected delta below 1/N for this site's N patients, got {delta:g}; leave "
             "privacy.delta out of the study, or choose a smaller one"
         )
+
+
+def _merged(events: Sequence[SpendEvent]) -> History:
+    """Put equal mechanisms together: composition does not depend on their order."""
+    merged: dict[tuple[float, float], int] = {}
+    for event in events:
+        if event.steps:
+            key = (event.noise_multiplier, event.sampling_rate)
+            merged[key] = merged.get(key, 0) + event.steps
+    return tuple((noise, rate, steps) for (noise, rate), steps in sorted(merged.items()))
 
 
 @lru_cache(maxsize=256)
@@ -102,6 +111,8 @@ def _epsilon(history: History, delta: float) -> float:
 
 
 def _renyi(history: History, delta: float) -> float:
+    if any(noise <= 0 for noise, _, _ in history):
+        return math.inf
     accountant = RDPAccountant()
     accountant.history = list(history)
     with warnings.catch_warnings():

@@ -62,7 +62,7 @@ def load_tensors(model: nn.Module, tensors: Tensors) -> None:
     """Write arrays into the model's parameters of the same name and shape."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(tensors[name]))
+            parameter.copy_(torch.tensor(tensors[name]))
 
 
 def is_norm_parameter(name: str, model: nn.Module) -> bool:

@@ -162,4 +162,4 @@ class EarlyStopping(Section):
 class Evaluation(Section):
     """``[evaluation]``: how finely score histograms are binned; the error of AUROC is stated."""
 
-    score_bins: int = Field(default=200, ge=20, le=2000, multiple_of=2)
+    score_bins: int = Field(default=1000, ge=20, le=2000, multiple_of=2)

@@ -1,0 +1,205 @@
+"""What a site computes for one round: data and training together, before any masking.
+
+Nothing here leaves the site: a `Contribution` has no encoder for the wire; `session` masks it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import safetensors.numpy
+
+from hospitium_client.data.prepare import feature_sums, prepare
+from hospitium_client.data.split import Split, split
+from hospitium_client.training.accounting import calibrate_noise, check_delta, default_delta
+from hospitium_client.training.evaluate import evaluate
+from hospitium_client.training.local import (
+    private_plan,
+    protected_units,
+    train_with_privacy,
+    train_without_privacy,
+)
+from hospitium_common.durable import write_durably
+from hospitium_common.errors import DataRejected
+from hospitium_common.metrics import EvaluationTotals, StatisticsSums, TailLayout, TrainingSums
+from hospitium_common.models import build, is_norm_parameter, load_tensors, tensors_of
+from hospitium_common.normalisation import Normalisation, ranges
+from hospitium_common.parameters import Layout, Tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from hospitium_client.data.records import Records
+    from hospitium_client.samples import Samples
+    from hospitium_client.training.private import PrivateStepPlan
+    from hospitium_common.entropy import Entropy
+    from hospitium_common.study import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """A site's part of a sum: the weighted update ``[size]`` (or nothing) and its tail."""
+
+    vector: NDArray[np.float32]
+    tail: NDArray[np.uint64]
+
+
+def shared_layout(study: Study, model: nn.Module | None = None) -> Layout:
+    """Return the layout of the tensors that travel: all, or all but FedBN's local norms."""
+    model = build(study) if model is None else model
+    tensors = tensors_of(model)
+    if study.strategy.local_norms:
+        tensors = {n: t for n, t in tensors.items() if not is_norm_parameter(n, model)}
+    return Layout.of(tensors)
+
+
+def tail_layout(study: Study, layout: Layout) -> TailLayout:
+    """Return how this study's figures are laid out under the masks."""
+    return TailLayout(study=study, tensors=len(layout.names), features=len(ranges(study)))
+
+
+class SiteWork:
+    """One site's data for one study, and what it does with it round by round."""
+
+    def __init__(
+        self,
+        study: Study,
+        records: Records,
+        home: Path,
+        *,
+        smallest_count: int = 0,
+        on_step: Callable[[], None] | None = None,
+    ) -> None:
+        self._study, self._records, self._home = study, records, home
+        self._smallest_count, self._on_step = smallest_count, on_step
+        self._model = build(study)
+        self.layout = shared_layout(study, self._model)
+        self.tail_layout = tail_layout(study, self.layout)
+        self._samples: tuple[bytes, Samples, Samples, Samples] | None = None
+
+    @cached_property
+    def _split(self) -> Split:
+        return split(self._records, self._study)
+
+    def statistics(self) -> Contribution:
+        """Count training records and classes, and add up the features for normalisation."""
+        records = self._records.take(self._split.train)
+        targets, classes = records.targets, len(self._study.task.classes)
+        if self._study.task.labels == "exclusive":
+            counts = np.bincount(targets, minlength=classes)
+        else:
+            counts = targets.sum(axis=0).astype(np.int64)
+        sums = StatisticsSums(
+            records=len(records),
+            class_counts=counts.astype(np.int64),
+            features=feature_sums(records, self._study),
+        )
+        return Contribution(vector=np.zeros(0, np.float32), tail=self.tail_layout.pack(sums))
+
+    def plan(self, normalisation: bytes) -> PrivateStepPlan:
+        """Return how this site trains privately in every round: its noise fits the whole study."""
+        train, _, _ = self._prepared(normalisation)
+        study, privacy = self._study, self._study.privacy
+        units = protected_units(study, train)
+        if units == 0:
+            raise DataRejected("expected at least one training patient, got none")
+        delta = privacy.delta if privacy.delta is not None else default_delta(units)
+        check_delta(delta, units)
+        unit_plan = private_plan(study, train, noise_multiplier=1.0)
+        assert privacy.epsilon is not None  # noqa: S101 - Privacy's validator: epsilon with dp
+        noise = calibrate_noise(
+            epsilon=privacy.epsilon,
+            delta=delta,
+            sample_rate=unit_plan.sample_rate,
+            steps=unit_plan.steps * study.rounds,
+        )
+        return private_plan(study, train, noise_multiplier=noise)
+
+    def delta(self, normalisation: bytes) -> float:
+        """Return the delta of this site's promise."""
+        train, _, _ = self._prepared(normalisation)
+        given = self._study.privacy.delta
+        return default_delta(protected_units(self._study, train)) if given is None else given
+
+    def train(
+        self,
+        training_round: int,
+        parameters: NDArray[np.float32],
+        normalisation: bytes,
+        entropy: Entropy,
+    ) -> Contribution:
+        """Evaluate the model that was received, train it, and return the weighted update."""
+        study = self._study
+        train, validation, _ = self._prepared(normalisation)
+        self._load(parameters)
+        seen = evaluate(self._model, validation, study, self._smallest_count)
+        if study.is_private:
+            totals = train_with_privacy(
+                self._model, train, study, training_round,
+                plan=self.plan(normalisation), entropy=entropy, on_step=self._on_step,
+            )  # fmt: skip
+        else:
+            totals = train_without_privacy(
+                self._model, train, study, training_round, entropy=entropy,
+                on_step=self._on_step,
+            )  # fmt: skip
+        after = tensors_of(self._model)
+        self._keep_norms(after)
+        moved = self.layout.flatten({name: after[name] for name in self.layout.names})
+        weight = min(len(train), study.cohort.weight_cap)
+        scaled = ((moved - parameters) * (weight / study.cohort.weight_cap)).astype(np.float32)
+        ends = np.cumsum(self.layout.lengths)[:-1]
+        sums = TrainingSums(
+            weight=weight,
+            clipped=0,
+            steps=totals.steps,
+            dropped=totals.dropped_non_finite,
+            second_moments=tuple(
+                float((piece.astype(np.float64) ** 2).sum()) for piece in np.split(scaled, ends)
+            ),
+            validation=seen,
+        )
+        return Contribution(vector=scaled, tail=self.tail_layout.pack(sums))
+
+    def evaluate(self, parameters: NDArray[np.float32], normalisation: bytes) -> Contribution:
+        """Evaluate a model on the patients that were held out."""
+        _, validation, test = self._prepared(normalisation)
+        self._load(parameters)
+        sums = EvaluationTotals(
+            validation=evaluate(self._model, validation, self._study, self._smallest_count),
+            test=evaluate(self._model, test, self._study, self._smallest_count),
+        )
+        return Contribution(vector=np.zeros(0, np.float32), tail=self.tail_layout.pack(sums))
+
+    def _prepared(self, normalisation: bytes) -> tuple[Samples, Samples, Samples]:
+        """Return training, validation and test samples; prepared once per normalisation."""
+        if self._samples is None or self._samples[0] != normalisation:
+            figures = Normalisation.decode(normalisation, self._study)
+            parts = (self._split.train, self._split.validation, self._split.test)
+            train, validation, test = (
+                prepare(self._records.take(part), figures, self._study) for part in parts
+            )
+            self._samples = normalisation, train, validation, test
+        return self._samples[1:]
+
+    def _load(self, parameters: NDArray[np.float32]) -> None:
+        tensors = tensors_of(self._model) | self.layout.unflatten(parameters)
+        if self._study.strategy.local_norms and self._norms.exists():
+            tensors |= safetensors.numpy.load(self._norms.read_bytes())
+        load_tensors(self._model, tensors)
+
+    def _keep_norms(self, tensors: Tensors) -> None:
+        if self._study.strategy.local_norms:
+            own = {name: t for name, t in tensors.items() if name not in self.layout.names}
+            write_durably(self._norms, safetensors.numpy.save(own))
+
+    @property
+    def _norms(self) -> Path:
+        return self._home / "norms.safetensors"

@@ -1,0 +1,253 @@
+"""One study, round by round: statistics, training, evaluation, and a checkpoint after each."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from hospitium_common.messages import Purpose
+from hospitium_common.normalisation import Normalisation
+from hospitium_common.schedule import STATISTICS_ROUND, protocol_round, secagg_policy
+from hospitium_common.secagg.fixed_point import (
+    Quantiser,
+    bounds_from_second_moments,
+    rounding_error,
+)
+from hospitium_server import aggregation
+from hospitium_server.evaluation import Figures, figures
+from hospitium_server.registry import Registry, RoundRecord, Version
+from hospitium_server.secure_sum import RoundPlan, RoundTotals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from hospitium_common.metrics import EvaluationSums, EvaluationTotals, TailLayout
+    from hospitium_common.parameters import Layout
+    from hospitium_common.study import Study
+
+log = logging.getLogger(__name__)
+
+
+class Summing(Protocol):
+    """Runs one round at the sites and returns its totals."""
+
+    def __call__(self, plan: RoundPlan) -> RoundTotals:
+        """Ask the sites, add up what they answer."""
+        ...
+
+
+class Watcher(Protocol):
+    """Somebody who wants to see rounds as they finish."""
+
+    def on_round(self, record: RoundRecord, received: Figures) -> None:
+        """Called after each training round, with how the model did that the sites received."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResult:
+    """The end of a study: the last and the best version, and how the best one does."""
+
+    last: Version
+    best: Version
+    validation: Figures
+    test: Figures
+    test_sums: EvaluationSums
+    stopped_early: bool
+
+
+class StudyRun:
+    """A study that is run, or taken up again where it was interrupted."""
+
+    def __init__(
+        self,
+        *,
+        study: Study,
+        layout: Layout,
+        tail_layout: TailLayout,
+        registry: Registry,
+        summing: Summing,
+        watcher: Watcher,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._study, self._layout, self._tail_layout = study, layout, tail_layout
+        self._registry, self._summing, self._watcher = registry, summing, watcher
+        self._clock = clock
+
+    def run(self, first_parameters: NDArray[np.float32]) -> StudyResult:
+        """Run every round that is not in the registry yet, then evaluate.
+
+        Raises:
+            HospitiumError: a round failed; what was finished is in the registry.
+        """
+        version = self._registry.latest()
+        if version is None:
+            version = self._prepare(first_parameters)
+        stopped = self._has_stalled(version.number)
+        while version.number < self._study.rounds and not stopped:
+            version = self._train(version)
+            stopped = self._has_stalled(version.number)
+        return self._conclude(version, stopped)
+
+    def _prepare(self, parameters: NDArray[np.float32]) -> Version:
+        """Round 1: add up the statistics that every site's normalisation rests on."""
+        plan = self._without_vector(STATISTICS_ROUND, Purpose.STATISTICS, parameters[:0], b"")
+        totals = self._summing(plan)
+        statistics = self._tail_layout.statistics(totals.tail)
+        normalisation = Normalisation.from_totals(statistics.features, self._study)
+        version = Version(
+            number=0,
+            parameters=parameters,
+            optimizer=aggregation.start(self._study, self._layout.size),
+            normalisation=normalisation.encode(),
+            record=_record(totals, 0, 0.0),
+        )
+        self._registry.save(version)
+        return version
+
+    def _train(self, version: Version) -> Version:
+        study, number = self._study, version.number + 1
+        begun = self._clock()
+        quantiser = self._quantiser(version, number)
+        totals = self._summing(
+            RoundPlan(
+                number=protocol_round(number),
+                purpose=Purpose.TRAIN,
+                parameters=version.parameters,
+                public=version.normalisation,
+                quantiser=quantiser,
+            )
+        )
+        sums = self._tail_layout.training(totals.tail)
+        share = study.cohort.weight_cap / sums.weight
+        mean_update = totals.vector * share
+        history = self._registry.history()
+        policy = secagg_policy(study, self._tail_layout.length, protocol_round(number))
+        sites = len(totals.survivors)
+        allowed = (
+            sites
+            * share
+            * math.sqrt(
+                sum(n * b**2 for n, b in zip(quantiser.lengths, quantiser.bounds, strict=True))
+            )
+        )
+        norms = [made.update_norm for made, _ in history if made.round > 0]
+        norm = aggregation.check_aggregate(mean_update, norms, allowed)
+        optimizer, parameters = aggregation.apply(
+            study, version.optimizer, version.parameters, mean_update
+        )
+        record = _record(
+            totals, number, self._clock() - begun, update_norm=norm,
+            quantisation_error=rounding_error(quantiser, policy, sites) * share / max(norm, 1e-30),
+            clipped_fraction=sums.clipped / (sites * self._layout.size),
+            dropped_contributions=sums.dropped, second_moments=sums.second_moments,
+        )  # fmt: skip
+        made = Version(
+            number=number, parameters=parameters, optimizer=optimizer,
+            normalisation=version.normalisation, record=record,
+        )  # fmt: skip
+        received = figures(sums.validation, study)
+        self._registry.note(version.number, received)
+        self._registry.save(made)
+        self._watcher.on_round(record, received)
+        return made
+
+    def _quantiser(self, version: Version, number: int) -> Quantiser:
+        """Bounds from the round before; the first training round has the study's bound."""
+        study, lengths = self._study, self._layout.lengths
+        fallback = study.cohort.update_bound
+        bounds = (fallback,) * len(lengths)
+        if version.record.second_moments:
+            policy = secagg_policy(study, self._tail_layout.length, protocol_round(number))
+            bounds = bounds_from_second_moments(
+                version.record.second_moments, lengths, len(version.record.survivors), policy,
+                fallback,
+            )  # fmt: skip
+        return Quantiser(lengths=lengths, bounds=bounds)
+
+    def _has_stalled(self, number: int) -> bool:
+        """Whether the federated validation metric has stood still for the study's patience."""
+        rule = self._study.early_stopping
+        if rule is None:
+            return False
+        scores = [
+            seen.auroc if rule.metric == "auroc" else -seen.loss
+            for _, seen in self._registry.history()[: number + 1]
+            if seen is not None and not math.isnan(seen.auroc)
+        ]
+        if len(scores) <= rule.patience:
+            return False
+        return max(scores[-rule.patience :]) <= max(scores[: -rule.patience]) + rule.min_delta
+
+    def _conclude(self, last: Version, stopped: bool) -> StudyResult:
+        """Evaluate the last version, and the best one where that is another."""
+        number = protocol_round(last.number) + 1
+        totals = self._evaluate(number, last)
+        validation = figures(totals.validation, self._study)
+        self._registry.note(last.number, validation)
+        best = self._best(last)
+        if best.number != last.number:
+            totals = self._evaluate(number + 1, best)
+        return StudyResult(
+            last=last,
+            best=best,
+            validation=figures(totals.validation, self._study),
+            test=figures(totals.test, self._study),
+            test_sums=totals.test,
+            stopped_early=stopped,
+        )
+
+    def _best(self, last: Version) -> Version:
+        """Return the version with the best validation metric; the later one where two agree."""
+        rule = self._study.early_stopping
+        metric = "auroc" if rule is None else rule.metric
+        scored = [
+            (seen.auroc if metric == "auroc" else -seen.loss, made.round)
+            for made, seen in self._registry.history()
+            if seen is not None and made.round > 0
+        ]
+        usable = [pair for pair in scored if not math.isnan(pair[0])]
+        return self._registry.load(max(usable)[1]) if usable else last
+
+    def _evaluate(self, number: int, version: Version) -> EvaluationTotals:
+        plan = self._without_vector(
+            number, Purpose.EVALUATE, version.parameters, version.normalisation
+        )
+        return self._tail_layout.evaluation(self._summing(plan).tail)
+
+    def _without_vector(
+        self, number: int, purpose: Purpose, parameters: NDArray[np.float32], public: bytes
+    ) -> RoundPlan:
+        return RoundPlan(
+            number=number, purpose=purpose, parameters=parameters, public=public,
+            quantiser=Quantiser(lengths=(), bounds=()),
+        )  # fmt: skip
+
+
+def _record(
+    totals: RoundTotals, number: int, seconds: float, *, update_norm: float = 0.0,
+    quantisation_error: float = 0.0, clipped_fraction: float = 0.0,
+    dropped_contributions: int = 0, second_moments: tuple[float, ...] = (),
+) -> RoundRecord:  # fmt: skip
+    return RoundRecord(
+        round=number,
+        survivors=totals.survivors,
+        missing=dict(totals.missing),
+        attempts=totals.attempts,
+        seconds=seconds,
+        bytes_sent=totals.bytes_sent,
+        bytes_received=totals.bytes_received,
+        update_norm=update_norm,
+        quantisation_error=quantisation_error,
+        clipped_fraction=clipped_fraction,
+        dropped_contributions=dropped_contributions,
+        second_moments=second_moments,
+        result=totals.result.hex(),
+    )

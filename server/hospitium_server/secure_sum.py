@@ -1,0 +1,237 @@
+"""One round over the network: the four exchanges of HSA-1, attempts, and who was missing, why."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from hospitium_common.errors import HospitiumError, PeerProtocolError
+from hospitium_common.messages import (
+    Ack,
+    Masked,
+    Message,
+    Paired,
+    PairOffer,
+    PairOffers,
+    PairRequest,
+    Purpose,
+    Ready,
+    Reason,
+    Refusal,
+    Shares,
+    decode,
+)
+from hospitium_common.schedule import secagg_policy
+from hospitium_server.unmasking import RoundSum, Unmasking, signed_task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from numpy.typing import NDArray
+
+    from hospitium_common.metrics import TailLayout
+    from hospitium_common.roster import Roster
+    from hospitium_common.secagg.fixed_point import Quantiser
+    from hospitium_common.study import Study
+    from hospitium_server.transport import Transport
+
+log = logging.getLogger(__name__)
+
+MOST_ATTEMPTS = 3
+REFUSALS = {
+    Reason.PROTOCOL: "refused: the message broke the protocol",
+    Reason.NOT_APPROVED: "refused: the site's policy does not allow it",
+    Reason.BUDGET: "refused: the site's privacy budget does not cover it",
+    Reason.DATA: "refused: the site's data did not pass its quality check",
+    Reason.LOCAL_FAULT: "refused: a fault at the site, see its own log",
+}
+SILENT = "no answer before the deadline"
+
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundPlan:
+    """What the sites are asked to do in one round, and what they are given for it.
+
+    ``parameters`` is float32 ``[size]``, empty for statistics; ``public`` are figures that
+    everyone may know.
+    """
+
+    number: int
+    purpose: Purpose
+    parameters: NDArray[np.float32]
+    public: bytes
+    quantiser: Quantiser
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundTotals:
+    """What a round revealed and who was there. ``missing`` maps a site to the reason."""
+
+    vector: NDArray[np.float64]
+    tail: NDArray[np.uint64]
+    survivors: tuple[int, ...]
+    result: bytes
+    transcript: bytes = b""
+    missing: Mapping[int, str] = field(default_factory=dict)
+    attempts: int = 1
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+class SecureSum:
+    """Runs rounds over a transport; the only thing it ever sees of a site's figures is a sum.
+
+    ``next_attempt`` hands out attempt numbers that are on disk before they are used.
+    """
+
+    def __init__(
+        self,
+        *,
+        study: Study,
+        roster: Roster,
+        key: Ed25519PrivateKey,
+        transport: Transport,
+        tail_layout: TailLayout,
+        next_attempt: Callable[[int], int],
+        previous_result: bytes = bytes(64),
+    ) -> None:
+        self._study, self._roster, self._key = study, roster, key
+        self._transport, self._tail_layout = transport, tail_layout
+        self._next_attempt = next_attempt
+        self._previous_result = previous_result
+        self._missing: dict[int, str] = {}
+        self._bytes = [0, 0]
+
+    def pair(self) -> None:
+        """Relay the pair offers of a key epoch.
+
+        Raises:
+            HospitiumError: a site did not answer; a key epoch begins with all of its sites.
+        """
+        self._missing = {}
+        request = PairRequest(roster=self._roster.digest).encode()
+        given: list[PairOffer] = []
+        for _, answer in self._exchange(dict.fromkeys(self._roster.sites, request), PairOffers):
+            given += answer.offers
+        self._demand_all("make pair offers")
+        requests = {
+            site: PairOffers(offers=tuple(o for o in given if o.receiver == site)).encode()
+            for site in self._roster.sites
+        }
+        for _ in self._exchange(requests, Paired):
+            pass
+        self._demand_all("accept pair offers")
+
+    def __call__(self, plan: RoundPlan) -> RoundTotals:
+        """Run one round, in at most three attempts, with whoever answers.
+
+        Raises:
+            HospitiumError: too few sites; nothing was revealed, and the round can be tried again.
+        """
+        invited = sorted(self._roster.sites)
+        missing: dict[int, str] = {}
+        self._bytes = [0, 0]
+        for count in range(1, MOST_ATTEMPTS + 1):
+            self._missing = {}
+            try:
+                total = self._attempt(plan, invited)
+            except PeerProtocolError as error:
+                missing |= self._missing
+                log.warning("round %d: %s", plan.number, error)
+                lost = set(self._missing) | ({error.blame} if error.blame else set())
+                if error.blame:
+                    missing.setdefault(error.blame, "left out: it broke the protocol")
+                invited = [site for site in invited if site not in lost]
+                if count == MOST_ATTEMPTS or len(invited) < self._study.cohort.minimum_sites:
+                    raise HospitiumError(self._too_few(plan, invited, missing)) from error
+                continue
+            missing |= self._missing
+            self._previous_result = total.transcript.result
+            return RoundTotals(
+                vector=total.vector,
+                tail=total.tail,
+                survivors=total.survivors,
+                result=total.transcript.result,
+                transcript=total.transcript.encode(),
+                missing={s: r for s, r in missing.items() if s not in total.survivors},
+                attempts=count,
+                bytes_sent=self._bytes[0],
+                bytes_received=self._bytes[1],
+            )
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _attempt(self, plan: RoundPlan, invited: list[int]) -> RoundSum:
+        policy = secagg_policy(self._study, self._tail_layout.length, plan.number)
+        task = signed_task(
+            self._key, self._roster, policy, purpose=plan.purpose, round_number=plan.number,
+            attempt=self._next_attempt(plan.number), invited=invited,
+            previous_result=self._previous_result, quantiser=plan.quantiser,
+            model=plan.parameters.tobytes(), public=plan.public,
+        )  # fmt: skip
+        run = Unmasking(roster=self._roster, policy=policy, task=task)
+        request = task.encode()
+        for site, answer in self._exchange(dict.fromkeys(invited, request), Ready):
+            self._take(site, run.on_ready, answer)
+        requests = {site: r.encode() for site, r in run.close_cohort().items()}
+        self._missing |= run.excluded
+        for site, answer in self._exchange(requests, Masked):
+            self._take(site, run.on_masked, answer)
+        confirmation = run.close_survivors()
+        request = confirmation.encode()
+        for site, answer in self._exchange(dict.fromkeys(confirmation.digests, request), Ack):
+            self._take(site, run.on_ack, answer)
+        unmasking = run.unmask_request()
+        request = unmasking.encode()
+        for site, answer in self._exchange(dict.fromkeys(unmasking.acks, request), Shares):
+            self._take(site, run.on_shares, answer)
+        return run.finish()
+
+    def _exchange(self, requests: Mapping[int, bytes], kind: type[M]) -> Iterator[tuple[int, M]]:
+        """Send requests and yield answers of the right kind, one at a time; note who is missing."""
+        answered = set()
+        self._bytes[0] += sum(len(request) for request in requests.values())
+        for site, data in self._transport.exchange(requests, self._study.cohort.deadline_s):
+            self._bytes[1] += len(data)
+            if site not in requests or site in answered:
+                continue
+            answered.add(site)
+            try:
+                message = decode(data)
+            except PeerProtocolError:
+                self._missing[site] = "its answer could not be read"
+                continue
+            if isinstance(message, Refusal):
+                self._missing[site] = REFUSALS[message.reason]
+            elif isinstance(message, kind):
+                yield site, message
+            else:
+                self._missing[site] = f"expected {kind.__name__}, got {type(message).__name__}"
+        for site in set(requests) - answered:
+            self._missing[site] = SILENT
+
+    def _take(self, site: int, step: Callable[[M], None], answer: M) -> None:
+        """Let one answer in; an answer that breaks the protocol costs its site the round only."""
+        try:
+            step(answer)
+        except PeerProtocolError as error:
+            log.warning("site %d: %s", site, error)
+            self._missing[site] = "left out: it broke the protocol"
+
+    def _demand_all(self, what: str) -> None:
+        if self._missing:
+            reasons = "; ".join(f"site {s}: {r}" for s, r in sorted(self._missing.items()))
+            raise HospitiumError(f"expected every site to {what}, got: {reasons}")
+
+    def _too_few(self, plan: RoundPlan, invited: list[int], missing: dict[int, str]) -> str:
+        reasons = "; ".join(f"site {s}: {r}" for s, r in sorted(missing.items())) or "none missing"
+        return (
+            f"round {plan.number}: expected at least {self._study.cohort.minimum_sites} sites, "
+            f"{len(invited)} answered ({reasons}). Nothing was revealed and what was finished is "
+            "kept: run the study again when the sites are back"
+        )
