@@ -1,8 +1,9 @@
 import pytest
-from hospitium_common.codec import Reader, encode_parts
-from hospitium_common.errors import PeerProtocolError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from hospitium_common.codec import Reader, encode_parts
+from hospitium_common.errors import PeerProtocolError
 
 parts = st.lists(st.binary(max_size=40), max_size=8)
 

@@ -11,7 +11,7 @@ from hospitium_client.training.optimizers import local_optimizer
 from hospitium_common.entropy import seeded_entropy
 from hospitium_common.models import build, tensors_of
 from hospitium_common.study import parse_study
-from tests.test_study import edited, template
+from tests.test_study import edited
 
 
 def plain(extra: str = "") -> str:
@@ -47,7 +47,9 @@ def test_independent_labels_add_their_losses():
 @pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop"])
 def test_every_optimizer_learns_what_is_bright(name):
     text = plain().replace('optimizer = "sgd"', f'optimizer = "{name}"')
-    text = text.replace("momentum = 0.9", "momentum = 0.0").replace("batch_size = 64", "batch_size = 8")
+    text = text.replace("momentum = 0.9", "momentum = 0.0").replace(
+        "batch_size = 64", "batch_size = 8"
+    )
     text = text.replace("learning_rate = 0.05", "learning_rate = 0.01")
     study, samples = parse_study(text.replace("local_epochs = 1", "local_epochs = 3")), films()
     model = build(study)

@@ -18,7 +18,11 @@ def test_an_approved_study_within_the_rules_passes():
 
 
 REFUSALS = {
-    "one privacy setting changed after approval": ("clip_norm = 1.0", "clip_norm = 2.0", "approved"),
+    "one privacy setting changed after approval": (
+        "clip_norm = 1.0",
+        "clip_norm = 2.0",
+        "approved",
+    ),
     "smaller cohort than the site wants": ("minimum_sites = 5", "minimum_sites = 3", "at least 5"),
     "more epsilon than the site gives": ("epsilon = 8.0", "epsilon = 9.0", "epsilon ≤ 8.0"),
     "no privacy": ('mode = "dp"', 'mode = "none"', "trains without it"),

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from hospitium_client.policy import SitePolicy
     from hospitium_common.entropy import Entropy
     from hospitium_common.privacy import SpendEvent
+    from hospitium_common.roster import Roster
     from hospitium_common.secagg.policy import SecAggPolicy
     from hospitium_common.study import Study
 
@@ -94,6 +95,11 @@ class Session:
         self._tail_words = tail_layout(study, shared_layout(study)).length
         self._ledger = Ledger(home / "ledger.sqlite")
         self._state, self._last = self._restore()
+
+    @property
+    def roster(self) -> Roster:
+        """The roster that this site pinned."""
+        return self._party.roster
 
     def close(self) -> None:
         """Close the ledger."""

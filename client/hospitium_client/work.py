@@ -77,7 +77,7 @@ class SiteWork:
         smallest_count: int = 0,
         on_step: Callable[[], None] | None = None,
     ) -> None:
-        self._study, self._records, self._home = study, records, home
+        self._study, self._records, self.home = study, records, home
         self._smallest_count, self._on_step = smallest_count, on_step
         self._model = build(study)
         self.layout = shared_layout(study, self._model)
@@ -202,4 +202,4 @@ class SiteWork:
 
     @property
     def _norms(self) -> Path:
-        return self._home / "norms.safetensors"
+        return self.home / "norms.safetensors"

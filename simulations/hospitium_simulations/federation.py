@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import safetensors.numpy
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hospitium_client.policy import SitePolicy
@@ -17,9 +18,10 @@ from hospitium_common.errors import ConfigError
 from hospitium_common.models import build, tensors_of
 from hospitium_common.roster import Roster
 from hospitium_common.secagg.keys import SiteKeys
-from hospitium_server.registry import Registry
-from hospitium_server.rounds import StudyResult, StudyRun, Watcher
+from hospitium_server.registry import Registry, RoundRecord
+from hospitium_server.rounds import StudyResult, StudyRun, Summing, Watcher
 from hospitium_server.secure_sum import SecureSum
+from hospitium_simulations.baselines import baselines
 from hospitium_simulations.faults import Fault, FaultyTransport
 from hospitium_simulations.in_memory import InMemoryTransport
 from hospitium_simulations.plain_sum import PlainSum
@@ -30,6 +32,17 @@ if TYPE_CHECKING:
 
     from hospitium_client.data.records import Records
     from hospitium_common.study import Study
+    from hospitium_server.evaluation import Figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished simulation: the result, how it came about, and what it is compared with."""
+
+    result: StudyResult
+    history: tuple[tuple[RoundRecord, Figures | None], ...]
+    lineage: tuple[tuple[int, str, str], ...]
+    others: dict[str, Figures]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +60,14 @@ def simulate(
     options: SimulationOptions,
     watcher: Watcher,
     on_step: Callable[[], None] | None = None,
-) -> StudyResult:
+    *,
+    with_baselines: bool = False,
+) -> Outcome:
     """Run a study over these hospitals, or take it up where it stopped in ``directory``.
 
     All randomness follows from the study's seed, so a run can be repeated and resumed bit for
-    bit; a simulation's noise therefore protects nobody, and its report says so.
+    bit; a simulation's noise therefore protects nobody, and its report says so. The best model
+    is written to ``model.safetensors``.
 
     Raises:
         ConfigError: fewer hospitals than the study asks for, or more than it allows.
@@ -63,62 +79,93 @@ def simulate(
             f"expected {cohort.minimum_sites} to {cohort.maximum_sites} sites as the study's "
             f"cohort says, got {len(hospitals)}"
         )
-    model = build(study)
-    layout = shared_layout(study, model)
-    tail = tail_layout(study, layout)
-    tensors = tensors_of(model)
+    layout = shared_layout(study)
+    tensors = tensors_of(build(study))
     first = layout.flatten({name: tensors[name] for name in layout.names})
-    registry = Registry(directory / "coordinator", study.digest, layout.digest)
-    homes = {index: directory / "sites" / name for index, name in enumerate(hospitals, start=1)}
     works: dict[int, SiteWork] = {}
     entropies: dict[int, Entropy] = {}
-    for (index, home), records in zip(homes.items(), hospitals.values(), strict=True):
+    for index, (name, records) in enumerate(hospitals.items(), start=1):
+        home = directory / "sites" / name
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         works[index] = SiteWork(study, records, home, on_step=on_step)
         entropies[index] = seeded_entropy(f"simulation/{study.study.seed}/{index}".encode())
-    if not options.masked:
-        run = StudyRun(
-            study=study, layout=layout, tail_layout=tail, registry=registry,
-            summing=PlainSum(study, works, entropies), watcher=watcher,
-        )  # fmt: skip
-        return run.run(first)
-    governance, coordinator = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
-    keys = {index: _keys(home) for index, home in homes.items()}
+    registry = Registry(directory / "coordinator", study.digest, layout.digest)
+    sessions: dict[int, Session] = {}
+    try:
+        if options.masked:
+            coordinator = Ed25519PrivateKey.generate()
+            sessions = _sessions(study, works, entropies, coordinator)
+            secure = _secure_sum(study, sessions, coordinator, registry, options.faults)
+            secure.pair()
+            summing: Summing = secure
+        else:
+            summing = PlainSum(study, works, entropies)
+        result = StudyRun(
+            study=study, layout=layout, tail_layout=tail_layout(study, layout),
+            registry=registry, summing=summing, watcher=watcher,
+        ).run(first)  # fmt: skip
+        named = layout.unflatten(result.best.parameters)
+        metadata = {"study": study.digest.hex(), "round": str(result.best.number)}
+        write_durably(directory / "model.safetensors", safetensors.numpy.save(named, metadata))
+        others = {}
+        if with_baselines:
+            public = result.best.normalisation
+            others = baselines(study, hospitals, first, public, directory, on_step)
+        return Outcome(
+            result=result, history=registry.history(), lineage=registry.lineage(), others=others
+        )
+    finally:
+        for session in sessions.values():
+            session.close()
+        registry.close()
+
+
+def _sessions(
+    study: Study,
+    works: Mapping[int, SiteWork],
+    entropies: Mapping[int, Entropy],
+    coordinator: Ed25519PrivateKey,
+) -> dict[int, Session]:
+    """Enrol every site under a roster that a governance key signed, and open its session."""
+    governance = Ed25519PrivateKey.generate()
+    keys = {index: _keys(work.home) for index, work in works.items()}
     roster = Roster(
         study=study.digest,
         epoch=1,
         coordinator=coordinator.public_key().public_bytes_raw(),
         sites={index: key.public() for index, key in keys.items()},
     ).signed_by(governance)
-    sessions = {
+    roster.check([governance.public_key().public_bytes_raw()])
+    return {
         index: Session(
             party=Party(index=index, keys=keys[index], roster=roster),
             study=study,
             policy=_agreeing_policy(study),
-            home=homes[index],
-            open_work=lambda index=index: works[index],  # type: ignore[misc]  # mypy cannot type a default
+            home=work.home,
+            open_work=lambda work=work: work,  # type: ignore[misc]  # mypy cannot type a default
             entropy=entropies[index],
         )
-        for index in homes
+        for index, work in works.items()
     }
+
+
+def _secure_sum(
+    study: Study,
+    sessions: Mapping[int, Session],
+    coordinator: Ed25519PrivateKey,
+    registry: Registry,
+    faults: tuple[Fault, ...],
+) -> SecureSum:
     latest = registry.latest()
-    summing = SecureSum(
-        study=study, roster=roster, key=coordinator, tail_layout=tail,
-        transport=FaultyTransport(InMemoryTransport(sessions), options.faults),
+    return SecureSum(
+        study=study,
+        roster=next(iter(sessions.values())).roster,
+        key=coordinator,
+        transport=FaultyTransport(InMemoryTransport(sessions), faults),
+        tail_layout=tail_layout(study, shared_layout(study)),
         next_attempt=registry.next_attempt,
         previous_result=bytes(64) if latest is None else bytes.fromhex(latest.record.result),
-    )  # fmt: skip
-    try:
-        summing.pair()
-        run = StudyRun(
-            study=study, layout=layout, tail_layout=tail, registry=registry, summing=summing,
-            watcher=watcher,
-        )  # fmt: skip
-        return run.run(first)
-    finally:
-        for session in sessions.values():
-            session.close()
-        registry.close()
+    )
 
 
 def _keys(home: Path) -> SiteKeys:

@@ -60,9 +60,7 @@ class SiteState:
 
         Fresh roots stand at ratchet position 0 at every site, however far each has gone.
         """
-        return cls(
-            roster_digest=roster_digest, roots=roots, latest=after.latest, spent=after.spent
-        )
+        return cls(roster_digest=roster_digest, roots=roots, latest=after.latest, spent=after.spent)
 
     def encode(self) -> bytes:
         """Return the state as bytes. They hold secrets: a file of mode 0600, never a message."""

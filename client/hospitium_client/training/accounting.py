@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LARGEST_NOISE = 1000.0
-PRECISION = 2e-3
-"""Relative width of the bracket in which calibration stops, at its safe end."""
+PRECISION = 5e-3
+"""Calibration stops when it leaves at most this share of the budget unused."""
+MOST_REFINEMENTS = 12
+PRV_ERROR = 3e-3
+"""Error of PRV's discretisation in units of the Rényi epsilon; the bound has it added on top."""
 RDP_ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(11, 64)) + [80, 128, 256, 512, 1024]
 
 History = tuple[tuple[float, float, int], ...]
@@ -84,11 +87,39 @@ def _merged(events: Sequence[SpendEvent]) -> History:
 
 @lru_cache(maxsize=256)
 def _calibrate(epsilon: float, delta: float, rate: float, steps: int, spent: History) -> float:
-    def cost(noise: float) -> float:
-        return _epsilon((*spent, (noise, rate, steps)), delta)
+    """Bracket with the quick Rényi bound, then close in on the tighter one by false position.
 
-    low, high = 0.3, 1.0
-    while cost(high) > epsilon:
+    Epsilon is nearly a power of the noise, so a straight line in logarithms needs few steps.
+    """
+
+    def excess(noise: float) -> float:
+        return math.log(_epsilon((*spent, (noise, rate, steps)), delta) / epsilon)
+
+    safe = _calibrate_renyi(epsilon, delta, rate, steps, spent)
+    low, high = 0.75 * safe, safe
+    above, below = excess(low), excess(high)
+    while above <= 0:
+        low, high, below = 0.75 * low, low, above
+        above = excess(low)
+    for _ in range(MOST_REFINEMENTS):
+        if below > -PRECISION:
+            break
+        # Aim at the middle of what is precise enough, on the safe side.
+        fraction = (above + PRECISION / 2) / (above - below)
+        middle = low * (high / low) ** fraction
+        found = excess(middle)
+        if found <= 0:
+            high, below = middle, found
+        else:
+            low, above = middle, found
+    return high
+
+
+def _calibrate_renyi(
+    epsilon: float, delta: float, rate: float, steps: int, spent: History
+) -> float:
+    low, high = 0.1, 1.0
+    while _renyi((*spent, (high, rate, steps)), delta) > epsilon:
         low, high = high, high * 1.6
         if high > LARGEST_NOISE:
             raise ConfigError(
@@ -97,7 +128,8 @@ def _calibrate(epsilon: float, delta: float, rate: float, steps: int, spent: His
             )
     while high / low > 1 + PRECISION:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if cost(middle) <= epsilon else (middle, high)
+        fits = _renyi((*spent, (middle, rate, steps)), delta) <= epsilon
+        low, high = (low, middle) if fits else (middle, high)
     return high
 
 
@@ -107,7 +139,8 @@ def _epsilon(history: History, delta: float) -> float:
         return 0.0
     if any(noise <= 0 for noise, _, _ in history):
         return math.inf
-    return min(_renyi(history, delta), _prv(history, delta))
+    quick = _renyi(history, delta)
+    return min(quick, _prv(history, delta, error=max(0.01, PRV_ERROR * quick)))
 
 
 def _renyi(history: History, delta: float) -> float:
@@ -120,14 +153,14 @@ def _renyi(history: History, delta: float) -> float:
         return float(accountant.get_epsilon(delta, alphas=RDP_ORDERS))
 
 
-def _prv(history: History, delta: float) -> float:
+def _prv(history: History, delta: float, error: float) -> float:
     """Return PRV's upper bound, or infinity where its discretisation does not hold."""
     accountant = PRVAccountant()
     accountant.history = list(history)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = float(accountant.get_epsilon(delta))
+            found = float(accountant.get_epsilon(delta, eps_error=error))
     except (ValueError, RuntimeError, OverflowError, MemoryError):
         return math.inf
     return found if found >= 0 else math.inf

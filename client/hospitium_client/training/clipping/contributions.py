@@ -12,28 +12,53 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
     from torch.nn import Parameter
+
+ROUNDING = torch.finfo(torch.float32).eps
+"""A Gram matrix loses this much of the sum of its terms; the loss is added back to the norm."""
 
 
 class Contribution(Protocol):
     """Per-sample gradients of some parameters, over a batch of B samples."""
 
     def squared_norms(self) -> Tensor:
-        """Return ``[B]``."""
+        """Return ``[B]``, never below the true value by more than rounding of the gradient."""
         ...
 
     def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
-        """Return each parameter with the sum over samples of factor times gradient."""
+        """Return each parameter with the sum over samples of factor times gradient.
+
+        To be called last: it may use up what the contribution holds.
+        """
         ...
 
-    def one_by_one(self) -> list[tuple[Parameter, Tensor]]:
-        """Return each parameter with its gradients ``[B, ...]``."""
+    def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
+        """Yield each parameter with its gradients ``[B, ...]``."""
         ...
 
     def drop(self, bad: Tensor) -> None:
         """Make the samples where ``bad`` is true contribute nothing, whatever they held."""
         ...
+
+
+def gram_norms(left: Tensor, right: Tensor) -> Tensor:
+    """Return Σ left∘right over ``[B, T, T]`` Gram matrices, as an upper bound ``[B]``.
+
+    The entries may cancel; what rounding can have taken away is added, so that no gradient
+    looks shorter than it is.
+    """
+    products = (left * right).flatten(1)
+    return products.sum(1).clamp_(min=0) + ROUNDING * products.abs_().sum(1)
+
+
+def without(values: Tensor, bad: Tensor, dim: int = 0) -> Tensor:
+    """Return the values with the samples where ``bad`` is true set to zero."""
+    shape = [1] * values.dim()
+    shape[dim] = len(bad)
+    return values.masked_fill(bad.view(shape), 0.0)
 
 
 @dataclass
@@ -43,18 +68,24 @@ class Instantiated:
     gradients: list[tuple[Parameter, Tensor]]
 
     def squared_norms(self) -> Tensor:
-        return torch.stack([g.flatten(1).square().sum(1) for _, g in self.gradients]).sum(0)
+        return sum_of([g.flatten(1).square().sum(1) for _, g in self.gradients])
 
     def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
         return [(p, (factors.to(g.dtype) @ g.flatten(1)).view_as(p)) for p, g in self.gradients]
 
-    def one_by_one(self) -> list[tuple[Parameter, Tensor]]:
-        return self.gradients
+    def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
+        yield from self.gradients
 
     def drop(self, bad: Tensor) -> None:
-        self.gradients = [
-            (p, g.masked_fill(bad.view(-1, *[1] * (g.dim() - 1)), 0.0)) for p, g in self.gradients
-        ]
+        self.gradients = [(p, without(g, bad)) for p, g in self.gradients]
+
+
+def sum_of(parts: list[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 @dataclass
@@ -77,12 +108,12 @@ class OuterProducts:
             if positions == 1:
                 norms = self.inputs.square().sum((1, 2)) * self.grads.square().sum((1, 2))
             elif positions * (wide + tall) < wide * tall:
-                left = self.inputs @ self.inputs.transpose(1, 2)
-                right = self.grads @ self.grads.transpose(1, 2)
-                norms = (left * right).sum((1, 2)).clamp(min=0)
+                left = torch.bmm(self.inputs, self.inputs.transpose(1, 2))
+                right = torch.bmm(self.grads, self.grads.transpose(1, 2))
+                norms = gram_norms(left, right)
             else:
-                products = self.grads.transpose(1, 2) @ self.inputs
-                norms = products.square().sum((1, 2))
+                products = torch.bmm(self.grads.transpose(1, 2), self.inputs)
+                norms = products.square_().sum((1, 2))
         if self.bias is not None and self.bias.requires_grad:
             norms = norms + self.grads.sum(1).square().sum(1)
         return norms
@@ -97,15 +128,12 @@ class OuterProducts:
             found.append((self.bias, scaled.sum((0, 1))))
         return found
 
-    def one_by_one(self) -> list[tuple[Parameter, Tensor]]:
-        found = []
+    def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
         if self.weight.requires_grad:
-            products = self.grads.transpose(1, 2) @ self.inputs
-            found.append((self.weight, products.view(-1, *self.weight.shape)))
+            products = torch.bmm(self.grads.transpose(1, 2), self.inputs)
+            yield self.weight, products.view(-1, *self.weight.shape)
         if self.bias is not None and self.bias.requires_grad:
-            found.append((self.bias, self.grads.sum(1)))
-        return found
+            yield self.bias, self.grads.sum(1)
 
     def drop(self, bad: Tensor) -> None:
-        self.inputs = self.inputs.masked_fill(bad.view(-1, 1, 1), 0.0)
-        self.grads = self.grads.masked_fill(bad.view(-1, 1, 1), 0.0)
+        self.inputs, self.grads = without(self.inputs, bad), without(self.grads, bad)

@@ -1,0 +1,200 @@
+"""Contributions of convolutions: pixels' Gram matrices, or one product per kernel tap.
+
+Which is cheaper depends on how many pixels meet how many channels; both are exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.grad import conv2d_weight
+
+from hospitium_client.training.clipping.contributions import (
+    Contribution,
+    OuterProducts,
+    gram_norms,
+    without,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.nn import Parameter
+
+FEW_CHANNELS = 4
+"""Up to here the unfolded image is small, and one product over it beats one per tap."""
+Pair = tuple[int, int]
+
+
+def convolution(layer: nn.Conv2d, inputs: Tensor, grads: Tensor) -> Contribution:
+    """Return the contribution of an ungrouped, zero-padded convolution.
+
+    ``inputs`` is ``[B, in, height, width]``, ``grads`` is ``[B, out, height', width']``. Gram
+    matrices cost pixels² · channels and a second pass for the sum; written-out gradients cost
+    pixels · taps · in · out once.
+    """
+    pixels_in, pixels_out = inputs[0, 0].numel(), grads[0, 0].numel()
+    gram = pixels_in**2 * layer.in_channels + pixels_out**2 * layer.out_channels
+    written = pixels_out * layer.weight[0].numel() * layer.out_channels
+    if gram < written // 2 and layer.weight.requires_grad:
+        return PixelGrams(layer, inputs, grads)
+    if _spread(layer) == 1 and (layer.stride == (1, 1) or layer.padding == (0, 0)):
+        seen = inputs[:, :, :: layer.stride[0], :: layer.stride[1]]
+        if seen.shape[2:] == grads.shape[2:]:  # 1×1 kernels read single pixels
+            return _unfolded(layer, seen.flatten(2), grads)
+    if layer.stride != (1, 1) or layer.in_channels <= FEW_CHANNELS:
+        columns = functional.unfold(
+            inputs, layer.kernel_size, layer.dilation, _padding(layer), layer.stride
+        )
+        return _unfolded(layer, columns, grads)
+    return Shifted(layer, inputs, grads)
+
+
+def _unfolded(layer: nn.Conv2d, columns: Tensor, grads: Tensor) -> OuterProducts:
+    return OuterProducts(
+        layer.weight, layer.bias, columns.transpose(1, 2), grads.flatten(2).transpose(1, 2)
+    )
+
+
+def _spread(layer: nn.Conv2d) -> int:
+    return layer.kernel_size[0] * layer.kernel_size[1]
+
+
+def _padding(layer: nn.Conv2d) -> Pair:
+    if isinstance(layer.padding, str):
+        raise TypeError(layer.padding)  # `layers` sends these to the general rule
+    up, left = layer.padding
+    return up, left
+
+
+def _bias_gradients(layer: nn.Conv2d, grads: Tensor) -> Tensor | None:
+    if layer.bias is None or not layer.bias.requires_grad:
+        return None
+    return grads.sum((2, 3))
+
+
+@dataclass
+class PixelGrams:
+    """Norms from Gram matrices of the image itself, not of its unfolded copy.
+
+    Patches p and q meet in Σ_taps ⟨x[p + tap], x[q + tap]⟩: the pixels' Gram matrix, shifted along its
+    diagonal once per tap and added up (after Li et al. 2022, without the unfolding).
+    """
+
+    layer: nn.Conv2d
+    inputs: Tensor
+    grads: Tensor
+
+    def squared_norms(self) -> Tensor:
+        images, signals = self.inputs.flatten(2), self.grads.flatten(2)
+        of_grads = torch.bmm(signals.transpose(1, 2), signals)
+        norms = gram_norms(self._patches(torch.bmm(images.transpose(1, 2), images)), of_grads)
+        bias = _bias_gradients(self.layer, self.grads)
+        return norms if bias is None else norms + bias.square().sum(1)
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        """From ``[B, P, P]`` over pixels to ``[B, P', P']`` over output positions."""
+        (high, wide), (rows, columns) = self.inputs.shape[2:], self.grads.shape[2:]
+        up, left = _padding(self.layer)
+        (step_y, step_x), (tap_y, tap_x) = self.layer.stride, self.layer.dilation
+        padded = functional.pad(
+            pixels.view(-1, high, wide, high, wide), (left, left, up, up, left, left, up, up)
+        )
+        total = pixels.new_zeros(len(pixels), rows, columns, rows, columns)
+        for tap in range(_spread(self.layer)):
+            row, column = divmod(tap, self.layer.kernel_size[1])
+            y = slice(row * tap_y, row * tap_y + (rows - 1) * step_y + 1, step_y)
+            x = slice(column * tap_x, column * tap_x + (columns - 1) * step_x + 1, step_x)
+            total += padded[:, y, x, y, x]
+        return total.view(-1, rows * columns, rows * columns)
+
+    def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
+        layer, scaled = self.layer, self.grads * factors.view(-1, 1, 1, 1)
+        weight = conv2d_weight(
+            self.inputs, layer.weight.shape, scaled, layer.stride, layer.padding, layer.dilation
+        )
+        found = [(layer.weight, weight)]
+        bias = _bias_gradients(layer, scaled)
+        if bias is not None and layer.bias is not None:
+            found.append((layer.bias, bias.sum(0)))
+        return found
+
+    def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
+        layer = self.layer
+        columns = functional.unfold(
+            self.inputs, layer.kernel_size, layer.dilation, _padding(layer), layer.stride
+        )
+        yield from _unfolded(layer, columns, self.grads).one_by_one()
+
+    def drop(self, bad: Tensor) -> None:
+        self.inputs, self.grads = without(self.inputs, bad), without(self.grads, bad)
+
+
+class Shifted:
+    """Written-out gradients of a convolution with stride 1, one batched product per kernel tap.
+
+    In a padded image of width w laid out row by row, moving the kernel by (i, j) is moving the
+    whole image by i·w + j: no copy per tap. Output gradients get the same row length, zeros at
+    the row ends.
+    """
+
+    def __init__(self, layer: nn.Conv2d, inputs: Tensor, grads: Tensor) -> None:
+        self._layer, self._taps = layer, None
+        self._bias = _bias_gradients(layer, grads)
+        if layer.weight.requires_grad:
+            self._taps = self._products(inputs, grads)
+
+    def _products(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        """Return ``[tap, B, out, in]``."""
+        layer = self._layer
+        (pad_y, pad_x), (step_y, step_x) = _padding(layer), layer.dilation
+        (tall, wide), (rows, columns) = layer.kernel_size, grads.shape[2:]
+        padded = functional.pad(inputs, (pad_x, pad_x, pad_y, pad_y))
+        width = padded.shape[3]
+        length = (rows - 1) * width + columns
+        spread = functional.pad(grads, (0, width - columns)).flatten(2)[:, :, :length]
+        flat = padded.flatten(2).transpose(1, 2)
+        taps = inputs.new_empty(tall * wide, len(inputs), layer.out_channels, layer.in_channels)
+        for tap in range(tall * wide):
+            row, column = divmod(tap, wide)
+            at = row * step_y * width + column * step_x
+            torch.bmm(spread, flat[:, at : at + length], out=taps[tap])
+        return taps
+
+    def squared_norms(self) -> Tensor:
+        parts = []
+        if self._taps is not None:
+            parts.append(torch.linalg.vector_norm(self._taps.flatten(2), dim=2).square().sum(0))
+        if self._bias is not None:
+            parts.append(self._bias.square().sum(1))
+        return torch.stack(parts).sum(0)
+
+    def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
+        found, layer = [], self._layer
+        if self._taps is not None:
+            total = torch.matmul(factors, self._taps.flatten(2))  # [tap, out · in]
+            high, wide = layer.kernel_size
+            total = total.view(high, wide, layer.out_channels, layer.in_channels)
+            found.append((layer.weight, total.permute(2, 3, 0, 1)))
+        if self._bias is not None and layer.bias is not None:
+            found.append((layer.bias, factors @ self._bias))
+        return found
+
+    def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
+        layer = self._layer
+        if self._taps is not None:
+            high, wide = layer.kernel_size
+            each = self._taps.unflatten(0, (high, wide)).permute(2, 3, 4, 0, 1)
+            yield layer.weight, each
+        if self._bias is not None and layer.bias is not None:
+            yield layer.bias, self._bias
+
+    def drop(self, bad: Tensor) -> None:
+        if self._taps is not None:
+            self._taps = without(self._taps, bad, dim=1)
+        if self._bias is not None:
+            self._bias = without(self._bias, bad)
