@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hospitium_server.evaluation import (
     auroc,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#7A5195", "#6B7280"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00", "#CC79A7", GREY)
 """Okabe and Ito's palette, which colour-blind readers can tell apart."""
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,
@@ -65,7 +66,7 @@ def learning_curve(rounds: Sequence[int], seen: Sequence[Figures], best: int) ->
         right.plot(rounds, [s.loss for s in seen], color=GREY, marker="o", markersize=3.5)
         right.set(title="Validation loss", xlabel="round", ylabel="loss per record")
         for axes in (left, right):
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return _png(figure)
 
 

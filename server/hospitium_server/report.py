@@ -1,4 +1,4 @@
-"""The report of a study: one self-contained page, and the same figures as CSV, JSON and Markdown."""
+"""The report of a study: one self-contained page, and its figures as CSV, JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -214,10 +214,7 @@ def _html(given: ReportInput, pictures: Mapping[str, bytes]) -> str:
     )
     lineage = _table(
         ["version", "SHA-256", "made from"],
-        [
-            [str(number), digest, parent or "the first weights"]
-            for number, digest, parent in given.lineage
-        ],
+        [[str(number), made, parent or "first weights"] for number, made, parent in given.lineage],
         numbers_from=9,
     )
     test = given.result.test

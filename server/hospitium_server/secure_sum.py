@@ -176,20 +176,16 @@ class SecureSum:
         )  # fmt: skip
         run = Unmasking(roster=self._roster, policy=policy, task=task)
         request = task.encode()
-        for site, answer in self._exchange(dict.fromkeys(invited, request), Ready):
-            self._take(site, run.on_ready, answer)
+        self._gather(dict.fromkeys(invited, request), Ready, run.on_ready)
         requests = {site: r.encode() for site, r in run.close_cohort().items()}
         self._missing |= run.excluded
-        for site, answer in self._exchange(requests, Masked):
-            self._take(site, run.on_masked, answer)
+        self._gather(requests, Masked, run.on_masked)
         confirmation = run.close_survivors()
         request = confirmation.encode()
-        for site, answer in self._exchange(dict.fromkeys(confirmation.digests, request), Ack):
-            self._take(site, run.on_ack, answer)
+        self._gather(dict.fromkeys(confirmation.digests, request), Ack, run.on_ack)
         unmasking = run.unmask_request()
         request = unmasking.encode()
-        for site, answer in self._exchange(dict.fromkeys(unmasking.acks, request), Shares):
-            self._take(site, run.on_shares, answer)
+        self._gather(dict.fromkeys(unmasking.acks, request), Shares, run.on_shares)
         return run.finish()
 
     def _exchange(self, requests: Mapping[int, bytes], kind: type[M]) -> Iterator[tuple[int, M]]:
@@ -215,13 +211,16 @@ class SecureSum:
         for site in set(requests) - answered:
             self._missing[site] = SILENT
 
-    def _take(self, site: int, step: Callable[[M], None], answer: M) -> None:
-        """Let one answer in; an answer that breaks the protocol costs its site the round only."""
-        try:
-            step(answer)
-        except PeerProtocolError as error:
-            log.warning("site %d: %s", site, error)
-            self._missing[site] = "left out: it broke the protocol"
+    def _gather(
+        self, requests: Mapping[int, bytes], kind: type[M], take: Callable[[M], None]
+    ) -> None:
+        """Let answers in; one that breaks the protocol costs its site the round, no more."""
+        for site, answer in self._exchange(requests, kind):
+            try:
+                take(answer)
+            except PeerProtocolError as error:
+                log.warning("site %d: %s", site, error)
+                self._missing[site] = "left out: it broke the protocol"
 
     def _demand_all(self, what: str) -> None:
         if self._missing:

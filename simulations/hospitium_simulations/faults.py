@@ -1,7 +1,7 @@
 """Named faults between coordinator and sites, for simulations and tests.
 
-A fault is written ``KIND:SITE:MESSAGE[:ROUND]``, for instance ``drop:2:masked:3``: in protocol round
-3, site 2's MASKED never arrives. Without a round it happens in all of them.
+A fault is written ``KIND:SITE:MESSAGE[:ROUND]``, for instance ``drop:2:masked:3``: in protocol
+round 3, site 2's MASKED never arrives. Without a round it happens in all of them.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ class Fault:
                 return cls(kind=kind, site=int(site), answer=answer, round=number)  # type: ignore[arg-type]  # checked above
         except ValueError:
             pass
+        kinds, answers = ", ".join(get_args(FaultKind)), ", ".join(ANSWERS)
         raise ConfigError(
-            f"expected a fault KIND:SITE:MESSAGE[:ROUND] with KIND {', '.join(get_args(FaultKind))} "
-            f"and MESSAGE {', '.join(ANSWERS)}, got {text!r}"
+            f"expected a fault KIND:SITE:MESSAGE[:ROUND] with KIND one of {kinds} and MESSAGE one "
+            f"of {answers}, got {text!r}"
         )
 
 

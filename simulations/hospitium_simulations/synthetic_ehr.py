@@ -1,7 +1,7 @@
 """Synthetic intensive-care stays: vital signs and laboratory values over two days.
 
-No patient stands behind any of them. A hidden severity drifts through the stay; the worse it is, the
-faster the heart, the lower the pressure, the higher lactate and creatinine. Sicker patients are
+No patient stands behind any of them. A hidden severity drifts through the stay; the worse it is,
+the faster the heart, the lower the pressure, the higher lactate and creatinine. Sicker patients are
 measured more often, and hospitals differ in case mix and in their habits of measuring.
 """
 

@@ -17,10 +17,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from hospitium_common.privacy import SpendEvent
-
 from hospitium_common.codec import encode_parts
 from hospitium_common.errors import BudgetExceeded, LocalProtocolError
+from hospitium_common.privacy import SpendEvent, Unit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,6 +46,8 @@ CREATE TRIGGER IF NOT EXISTS spends_remain BEFORE DELETE ON spends
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
 COLUMNS = "study, round, kind, unit, sampling_rate, noise_multiplier, steps"
+KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
+UNITS: dict[str, Unit | None] = {"none": None, "patient": "patient", "record": "record"}
 FIRST_DIGEST = bytes(32)
 
 
@@ -157,12 +158,12 @@ def _row(spend: Spend) -> tuple[bytes, int, str, str, float, float, int]:
 
 def _spend(row: tuple[bytes, int, str, str, float, float, int, bytes]) -> Spend:
     study, number, kind, unit, rate, noise, steps, _ = row
-    if kind not in get_args(Kind) or unit not in ("none", "patient", "record"):
+    if kind not in KINDS or unit not in UNITS:
         raise LocalProtocolError("expected a known kind of spend in the ledger, got another")
-    event = None
-    if unit != "none":
-        event = SpendEvent(sampling_rate=rate, noise_multiplier=noise, steps=steps, unit=unit)
-    return Spend(study=study, round=number, kind=kind, event=event)
+    event, known_unit = None, UNITS[unit]
+    if known_unit is not None:
+        event = SpendEvent(sampling_rate=rate, noise_multiplier=noise, steps=steps, unit=known_unit)
+    return Spend(study=study, round=number, kind=KINDS[kind], event=event)
 
 
 def _digest(spend: Spend, previous: bytes) -> bytes:

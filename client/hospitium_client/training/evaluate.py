@@ -23,7 +23,7 @@ def scores(model: nn.Module, samples: Samples) -> Tensor:
     """Return logits ``[record, class]``, computed in batches without gradients."""
     model.eval()
     with torch.no_grad():
-        parts = [model(batch) for batch in samples.inputs.split(BATCH)]
+        parts = [model(batch) for batch in torch.split(samples.inputs, BATCH)]
     return torch.cat(parts) if parts else torch.zeros(0, 0)
 
 

@@ -126,7 +126,7 @@ def _batches(records: int, size: int, steps: int, generator: Generator) -> Itera
     done = 0
     while done < steps:
         order = torch.randperm(records, generator=generator)
-        for batch in order.split(size)[: steps - done]:
+        for batch in torch.split(order, size)[: steps - done]:
             yield batch
             done += 1
 
