@@ -21,10 +21,14 @@ from hospitium_common.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from torch.autograd.function import FunctionCtx
+
     from hospitium_client.training.clipping.contributions import Contribution
 
 MIXES_SAMPLES = (nn.modules.batchnorm._NormBase,)
 RECURRENT = (nn.LSTM, nn.GRU)
+IMAGES = 4
+"""Inputs of so many dimensions are images ``[batch, channel, height, width]``."""
 
 
 def check_layers(model: nn.Module) -> None:
@@ -43,15 +47,26 @@ def check_layers(model: nn.Module) -> None:
             )
 
 
-@dataclass
-class _Calls:
-    """What the hooks saw: per layer its input and where its output enters the graph.
+@dataclass(frozen=True)
+class _Call:
+    """One layer's input, and where its output ``[shape]`` enters the graph.
 
     The edge is noted instead of the output itself, because a later layer may change the output
     in place (MONAI's residual blocks do).
     """
 
-    plain: list[tuple[nn.Module, Tensor, GradientEdge, torch.Size]] = field(default_factory=list)
+    layer: nn.Module
+    inputs: Tensor
+    edge: GradientEdge
+    shape: torch.Size
+    moments: tuple[Tensor, Tensor] | None
+
+
+@dataclass
+class _Calls:
+    """What the hooks saw in one pass through the model."""
+
+    plain: list[_Call] = field(default_factory=list)
     recurrent: list[Recording] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
 
@@ -71,18 +86,41 @@ def contributions(
 
     ``loss_of`` maps the model's outputs to ``[B]``, each entry from its own record only.
     """
+    if inputs.dim() == IMAGES:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
     with _recording(model) as (calls, anchor):
         losses = loss_of(model(inputs))
-        edges = [edge for _, _, edge, _ in calls.plain]
+        edges = [call.edge for call in calls.plain]
         if calls.recurrent:
             edges.append(get_gradient_edge(anchor))
         grads = torch.autograd.grad(losses.sum(), edges, allow_unused=True)
     found: list[Contribution] = []
-    for (layer, given, _, shape), grad in zip(calls.plain, grads, strict=False):
-        found.append(contribution(layer, given, losses.new_zeros(shape) if grad is None else grad))
+    for call, grad in zip(calls.plain, grads, strict=False):
+        back = losses.new_zeros(call.shape) if grad is None else grad
+        found.append(contribution(call.layer, call.inputs, back, call.moments))
     for recording in calls.recurrent:
         found += recording.contributions
     return found, losses.detach()
+
+
+class _Enter(torch.autograd.Function):
+    """Begins the graph at a layer's output, which later layers may still change in place."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, output: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(output)  # type: ignore[attr-defined]  # torch's stub lacks it
+        return output
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None
+
+
+def _moments(node: object) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and inverse deviation that a GroupNorm's forward kept for its backward."""
+    mean = getattr(node, "_saved_result1", None)
+    inverse = getattr(node, "_saved_result2", None)
+    return None if mean is None or inverse is None else (mean, inverse)
 
 
 @contextmanager
@@ -97,9 +135,11 @@ def _recording(model: nn.Module) -> Iterator[tuple[_Calls, Tensor]]:
 
     def remember(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
         calls.first_time(layer)
+        moments = _moments(output.grad_fn) if isinstance(layer, nn.GroupNorm) else None
         if not output.requires_grad:
-            output.requires_grad_()
-        calls.plain.append((layer, given[0].detach(), get_gradient_edge(output), output.shape))
+            output = _Enter.apply(output, anchor)  # type: ignore[no-untyped-call]  # torch types apply so
+        edge = get_gradient_edge(output)
+        calls.plain.append(_Call(layer, given[0].detach(), edge, output.shape, moments))
         return output
 
     def replaced(layer: nn.LSTM | nn.GRU) -> Callable[..., tuple[Tensor, None]]:

@@ -1,7 +1,8 @@
 """LSTM and GRU that keep what per-sample gradients need: fused forward, one pass back in time.
 
 Time comes first inside (``[time, batch, ...]``), so that every step works on contiguous memory; what
-does not depend on the step before is computed for all steps at once.
+does not depend on the step before is computed for all steps at once. tanh(x) is taken as
+2·sigmoid(2x) − 1, so that one sigmoid serves all gates of a step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hospitium_client.training.clipping.contributions import OuterProducts
+from hospitium_client.training.clipping.recurrent_contribution import (
+    Parameters,
+    RecurrentGradients,
+)
 
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
 class Recording:
     """What a recurrent layer leaves behind: contributions, filled in on the way back."""
 
-    contributions: list[OuterProducts] = field(default_factory=list)
+    contributions: list[RecurrentGradients] = field(default_factory=list)
 
 
 def recorded_forward(
@@ -35,7 +39,7 @@ def recorded_forward(
     ``anchor`` is any tensor that requires a gradient; it makes autograd come back here.
     """
     kind = _Lstm if isinstance(layer, nn.LSTM) else _Gru
-    states = (inputs if layer.batch_first else inputs.transpose(0, 1)).transpose(0, 1)
+    states = inputs.transpose(0, 1) if layer.batch_first else inputs
     for depth in range(layer.num_layers):
         directions = []
         for suffix in ("", "_reverse") if layer.bidirectional else ("",):
@@ -44,33 +48,16 @@ def recorded_forward(
                 for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             ]
             given = states.flip(0) if suffix else states
-            out = kind.apply(given, anchor, recording, *weights)  # type: ignore[no-untyped-call]  # torch types apply so
+            out = kind.apply(given.contiguous(), anchor, recording, *weights)  # type: ignore[no-untyped-call]  # torch types apply so
             directions.append(out.flip(0) if suffix else out)
         states = torch.cat(directions, 2) if layer.bidirectional else directions[0]
         if layer.dropout and layer.training and depth < layer.num_layers - 1:
             states = functional.dropout(states, layer.dropout)
-    states = states.transpose(0, 1)
-    return states if layer.batch_first else states.transpose(0, 1)
+    return states.transpose(0, 1) if layer.batch_first else states
 
 
-def _project(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    steps, batch, _ = inputs.shape
-    return functional.linear(inputs.reshape(steps * batch, -1), weight, bias).view(steps, batch, -1)
-
-
-def _batch_first(values: Tensor) -> Tensor:
-    return values.transpose(0, 1)
-
-
-def _record(
-    recording: Recording, inputs: Tensor, before: Tensor, into: Tensor, across: Tensor,
-    parameters: tuple[Parameter, Parameter, Parameter | None, Parameter | None],
-) -> None:  # fmt: skip
-    weight_in, weight_across, bias_in, bias_across = parameters
-    recording.contributions += [
-        OuterProducts(weight_in, bias_in, _batch_first(inputs), _batch_first(into)),
-        OuterProducts(weight_across, bias_across, _batch_first(before), _batch_first(across)),
-    ]
+def _sum_of_biases(bias_in: Tensor | None, bias_across: Tensor | None) -> Tensor | None:
+    return None if bias_in is None or bias_across is None else bias_in + bias_across
 
 
 class _Lstm(torch.autograd.Function):
@@ -84,60 +71,69 @@ class _Lstm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         steps, batch, _ = inputs.shape
         size = weight_across.shape[1]
-        bias = None if bias_in is None or bias_across is None else bias_in + bias_across
-        gates = _project(inputs, weight_in, bias)
+        twice = weight_in.new_ones(4 * size)
+        twice[2 * size : 3 * size] = 2.0  # the cell gate's tanh as a sigmoid
+        into, across = weight_in.t() * twice, weight_across.t() * twice
+        bias = _sum_of_biases(bias_in, bias_across)
+        flat = inputs.flatten(0, 1)
+        gates = flat @ into if bias is None else torch.addmm(bias * twice, flat, into)
+        gates = gates.view(steps, batch, 4 * size)
         hidden = inputs.new_zeros(steps + 1, batch, size)
         cells = inputs.new_zeros(steps + 1, batch, size)
         curved = inputs.new_empty(steps, batch, size)
-        across = weight_across.t().contiguous()
-        for t in range(steps):
-            gate = gates[t]
-            gate.addmm_(hidden[t], across)
-            gate[:, : 2 * size].sigmoid_()
-            gate[:, 2 * size : 3 * size].tanh_()
-            gate[:, 3 * size :].sigmoid_()
-            cell = torch.mul(gate[:, size : 2 * size], cells[t], out=cells[t + 1])
-            cell.addcmul_(gate[:, :size], gate[:, 2 * size : 3 * size])
-            torch.tanh(cell, out=curved[t])
-            torch.mul(gate[:, 3 * size :], curved[t], out=hidden[t + 1])
+        for gate, four, before, now, old, new, curve in zip(
+            gates, gates.view(steps, batch, 4, size).unbind(0), hidden[:-1], hidden[1:],
+            cells[:-1], cells[1:], curved, strict=True,
+        ):  # fmt: skip
+            gate.addmm_(before, across).sigmoid_()
+            enter, forget, fresh, out = four.unbind(1)
+            torch.mul(forget, old, out=new)
+            new.addcmul_(enter, fresh, value=2.0).sub_(enter)
+            torch.mul(new, 2.0, out=curve).sigmoid_().mul_(2.0).sub_(1.0)
+            torch.mul(out, curve, out=now)
         kept: Any = ctx
         kept.kept = inputs, gates, hidden, cells, curved
         kept.recording = recording
-        kept.parameters = weight_in, weight_across, bias_in, bias_across
+        kept.parameters = Parameters(weight_in, weight_across, bias_in, bias_across)
         return hidden[1:]
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept: Any = ctx
         inputs, gates, hidden, cells, curved = kept.kept
-        weight_in, weight_across, bias_in, _ = kept.parameters
+        weight_across = kept.parameters.weight_across
         steps, batch, size = curved.shape
-        four = gates.view(steps, batch, 4, size)
-        into, forget, new, out = four.unbind(2)
-        slope = torch.empty_like(four)
-        torch.mul(new, into * (1 - into), out=slope[:, :, 0])
-        torch.mul(cells[:-1], forget * (1 - forget), out=slope[:, :, 1])
-        torch.mul(into, 1 - new * new, out=slope[:, :, 2])
-        torch.mul(curved, out * (1 - out), out=slope[:, :, 3])
-        through_cell = out * (1 - curved * curved)
-        d_gates = torch.empty_like(gates)
-        d_four = d_gates.view(steps, batch, 4, size)
+        slopes = torch.addcmul(gates, gates, gates, value=-1.0)  # s − s²
+        enter, forget, fresh, out = gates.view(steps, batch, 4, size).unbind(2)
+        four = slopes.view(steps, batch, 4, size)
+        four[:, :, 2].mul_(enter).mul_(4.0)
+        four[:, :, 0].mul_(fresh.mul_(2.0).sub_(1.0))
+        four[:, :, 1].mul_(cells[:-1])
+        four[:, :, 3].mul_(curved)
+        through_cell = out - out * curved.square_()
         d_cell, d_hidden = torch.zeros_like(curved[0]), torch.zeros_like(curved[0])
         given = grads[0]
         for t in range(steps - 1, -1, -1):
             d_hidden += given[t]
             d_cell.addcmul_(d_hidden, through_cell[t])
-            torch.mul(slope[t, :, :3], d_cell[:, None], out=d_four[t, :, :3])
-            torch.mul(slope[t, :, 3], d_hidden, out=d_four[t, :, 3])
+            four[t, :, :3] *= d_cell[:, None]
+            four[t, :, 3] *= d_hidden
             d_cell *= forget[t]
-            torch.mm(d_gates[t], weight_across, out=d_hidden)
-        _record(kept.recording, inputs, hidden[:-1], d_gates, d_gates, kept.parameters)
-        d_inputs = d_gates @ weight_in if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]  # torch sets it
+            torch.mm(slopes[t], weight_across, out=d_hidden)
+        kept.recording.contributions.append(
+            RecurrentGradients(kept.parameters, inputs, hidden[:-1], slopes)
+        )
+        needed = ctx.needs_input_grad[0]  # type: ignore[attr-defined]  # torch sets it
+        d_inputs = slopes @ kept.parameters.weight_in if needed else None
+        kept.kept = None
         return d_inputs, torch.zeros(()), *[None] * 5
 
 
 class _Gru(torch.autograd.Function):
-    """Gates in torch's order: reset, update, new."""
+    """One buffer holds ``[new from inputs | reset | update | new from the state]``.
+
+    Its first three quarters belong to the input weights, its last three to the recurrent ones.
+    """
 
     @staticmethod
     def forward(
@@ -147,46 +143,51 @@ class _Gru(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         steps, batch, _ = inputs.shape
         size = weight_across.shape[1]
-        gates = _project(inputs, weight_in, bias_in)
+        gates = inputs.new_zeros(steps, batch, 4 * size)
+        if bias_in is not None and bias_across is not None:
+            across_rest, across_new = bias_across[: 2 * size], bias_across[2 * size :]
+            into_rest, into_new = bias_in[: 2 * size], bias_in[2 * size :]
+            gates += torch.cat([into_new, into_rest + across_rest, across_new])
+        rolled = weight_in.roll(size, 0).t()  # new, reset, update
+        gates.view(steps * batch, -1)[:, : 3 * size].addmm_(inputs.flatten(0, 1), rolled)
         hidden = inputs.new_zeros(steps + 1, batch, size)
-        recalled = inputs.new_empty(steps, batch, size)
         across = weight_across.t().contiguous()
-        for t in range(steps):
-            gate = gates[t]
-            moved = hidden[t] @ across
-            if bias_across is not None:
-                moved += bias_across
-            gate[:, : 2 * size].add_(moved[:, : 2 * size]).sigmoid_()
-            recalled[t] = moved[:, 2 * size :]
-            gate[:, 2 * size :].addcmul_(gate[:, :size], recalled[t]).tanh_()
-            torch.lerp(gate[:, 2 * size :], hidden[t], gate[:, size : 2 * size], out=hidden[t + 1])
+        for gate, before, now in zip(gates, hidden[:-1], hidden[1:], strict=True):
+            gate[:, size:].addmm_(before, across)
+            gate[:, size : 3 * size].sigmoid_()
+            new, reset, update, recalled = gate.view(batch, 4, size).unbind(1)
+            new.addcmul_(reset, recalled).mul_(2.0).sigmoid_().mul_(2.0).sub_(1.0)
+            torch.lerp(new, before, update, out=now)
         kept: Any = ctx
-        kept.kept = inputs, gates, hidden, recalled
+        kept.kept = inputs, gates, hidden
         kept.recording = recording
-        kept.parameters = weight_in, weight_across, bias_in, bias_across
+        kept.parameters = Parameters(weight_in, weight_across, bias_in, bias_across)
         return hidden[1:]
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept: Any = ctx
-        inputs, gates, hidden, recalled = kept.kept
-        weight_in, weight_across, _, _ = kept.parameters
-        steps, batch, size = recalled.shape
-        reset, update, new = gates.view(steps, batch, 3, size).unbind(2)
-        d_into, d_across = torch.empty_like(gates), torch.empty_like(gates)
-        new_slope = (1 - update) * (1 - new * new)
-        update_slope = (hidden[:-1] - new) * update * (1 - update)
-        reset_slope = recalled * reset * (1 - reset)
-        d_hidden, given = torch.zeros_like(recalled[0]), grads[0]
+        inputs, gates, hidden = kept.kept
+        weight_in, weight_across = kept.parameters.weight_in, kept.parameters.weight_across
+        steps, batch, size = hidden.shape[0] - 1, hidden.shape[1], hidden.shape[2]
+        new, reset, update, recalled = gates.view(steps, batch, 4, size).unbind(2)
+        slopes = torch.empty_like(gates)
+        four = slopes.view(steps, batch, 4, size)
+        keep = 1 - update
+        torch.mul(keep, 1 - new.square(), out=four[:, :, 0])
+        torch.mul(hidden[:-1] - new, keep.mul_(update), out=four[:, :, 2])
+        torch.mul(four[:, :, 0], reset, out=four[:, :, 3])
+        torch.mul(four[:, :, 3], (1 - reset).mul_(recalled), out=four[:, :, 1])
+        d_hidden, given = torch.zeros_like(hidden[0]), grads[0]
         for t in range(steps - 1, -1, -1):
-            d_hidden = d_hidden + given[t]
-            d_new = d_hidden * new_slope[t]
-            d_into[t, :, 2 * size :] = d_new
-            torch.mul(d_new, reset_slope[t], out=d_into[t, :, :size])
-            torch.mul(d_hidden, update_slope[t], out=d_into[t, :, size : 2 * size])
-            d_across[t, :, : 2 * size] = d_into[t, :, : 2 * size]
-            torch.mul(d_new, reset[t], out=d_across[t, :, 2 * size :])
-            d_hidden = torch.addmm(d_hidden * update[t], d_across[t], weight_across)
-        _record(kept.recording, inputs, hidden[:-1], d_into, d_across, kept.parameters)
-        d_inputs = d_into @ weight_in if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]  # torch sets it
+            d_hidden += given[t]
+            four[t] *= d_hidden[:, None]
+            d_hidden *= update[t]
+            d_hidden.addmm_(slopes[t, :, size:], weight_across)
+        kept.recording.contributions.append(
+            RecurrentGradients(kept.parameters, inputs, hidden[:-1], slopes)
+        )
+        needed = ctx.needs_input_grad[0]  # type: ignore[attr-defined]  # torch sets it
+        d_inputs = slopes[:, :, : 3 * size] @ weight_in.roll(size, 0) if needed else None
+        kept.kept = None
         return d_inputs, torch.zeros(()), *[None] * 5

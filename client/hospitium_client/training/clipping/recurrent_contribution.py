@@ -1,0 +1,134 @@
+"""What one direction of one recurrent layer contributes, from its inputs, states and gate gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from hospitium_client.training.clipping.contributions import gram_norms, without
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+    from torch.nn import Parameter
+
+CACHED = 1 << 18
+"""Written-out gradients are measured in parts of about this many numbers, while in cache."""
+
+
+class Parameters(NamedTuple):
+    """A direction's parameters, as torch names and orders them."""
+
+    weight_in: Parameter
+    weight_across: Parameter
+    bias_in: Parameter | None
+    bias_across: Parameter | None
+
+
+@dataclass
+class RecurrentGradients:
+    """Time comes first: ``inputs`` ``[T, B, in]``, ``states`` before each step ``[T, B, hidden]``.
+
+    ``gates`` ``[T, B, 4 · hidden]``: an LSTM's four gate gradients serve both weights; of a GRU's
+    ``[new from inputs | reset | update | new from the state]`` the first three quarters belong
+    to the inputs, the last three to the states.
+    """
+
+    parameters: Parameters
+    inputs: Tensor
+    states: Tensor
+    gates: Tensor
+
+    @property
+    def _is_gru(self) -> bool:
+        return len(self.parameters.weight_across) < self.gates.shape[2]
+
+    def _sides(self) -> list[tuple[Parameter, Parameter | None, Tensor, Tensor, int]]:
+        """Per weight: it, its bias, its inputs, gate gradients, and by how much rows are rolled."""
+        weight_in, weight_across, bias_in, bias_across = self.parameters
+        size = self.states.shape[2]
+        if not self._is_gru:
+            return [
+                (weight_in, bias_in, self.inputs, self.gates, 0),
+                (weight_across, bias_across, self.states, self.gates, 0),
+            ]
+        return [
+            (weight_in, bias_in, self.inputs, self.gates[:, :, : 3 * size], -size),
+            (weight_across, bias_across, self.states, self.gates[:, :, size:], 0),
+        ]
+
+    def squared_norms(self) -> Tensor:
+        steps, _, tall = self.gates.shape
+        wide = self.inputs.shape[2] + self.states.shape[2]
+        if steps * (wide + tall) < wide * tall:
+            return self._by_grams()
+        return self._written_out()
+
+    def _by_grams(self) -> Tensor:
+        """Both weights share the Gram matrices of the gates that they share."""
+        of_gates = _gram(self.gates)
+        if self._is_gru:
+            size = self.states.shape[2]
+            ends = [of_gates - _gram(self.gates[:, :, 3 * size :])]
+            ends.append(of_gates - _gram(self.gates[:, :, :size]))
+            parts = zip(self._sides(), ends, strict=True)
+            return torch.stack(
+                [gram_norms(left, right) for (s, right) in parts if (left := _left(*s[:3])) is not None]
+            ).sum(0)
+        lefts = [left for side in self._sides() if (left := _left(*side[:3])) is not None]
+        total = lefts[0] if len(lefts) == 1 else lefts[0].add_(lefts[1])
+        return gram_norms(total, of_gates)
+
+    def _written_out(self) -> Tensor:
+        numbers = max(side[0].numel() for side in self._sides())
+        step, batch = max(1, CACHED // numbers), self.gates.shape[1]
+        total = self.gates.new_zeros(batch)
+        for weight, bias, given, back, _ in self._sides():
+            if weight.requires_grad:
+                for at in range(0, batch, step):
+                    part = slice(at, at + step)
+                    each = torch.bmm(given[:, part].permute(1, 2, 0), back[:, part].transpose(0, 1))
+                    total[part] += each.square_().sum((1, 2))
+            if bias is not None and bias.requires_grad:
+                total += back.sum(0).square().sum(1)
+        return total
+
+    def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
+        self.gates *= factors[None, :, None]
+        found = []
+        for weight, bias, given, back, roll in self._sides():
+            if weight.requires_grad:
+                total = given.flatten(0, 1).t() @ back.flatten(0, 1)
+                found.append((weight, total.t().roll(roll, 0) if roll else total.t()))
+            if bias is not None and bias.requires_grad:
+                found.append((bias, back.sum((0, 1)).roll(roll, 0)))
+        return found
+
+    def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
+        for weight, bias, given, back, roll in self._sides():
+            if weight.requires_grad:
+                each = torch.bmm(back.permute(1, 2, 0), given.transpose(0, 1))
+                yield weight, each.roll(roll, 1) if roll else each
+            if bias is not None and bias.requires_grad:
+                yield bias, back.sum(0).roll(roll, 1)
+
+    def drop(self, bad: Tensor) -> None:
+        self.inputs, self.states = without(self.inputs, bad, 1), without(self.states, bad, 1)
+        self.gates = without(self.gates, bad, 1)
+
+
+def _gram(values: Tensor) -> Tensor:
+    """From ``[T, B, n]`` to ``[B, T, T]``."""
+    return torch.bmm(values.transpose(0, 1), values.permute(1, 2, 0))
+
+
+def _left(weight: Parameter, bias: Parameter | None, given: Tensor) -> Tensor | None:
+    """Gram of what a weight is multiplied by, and of the 1 of its bias; none if both are frozen."""
+    has_bias = bias is not None and bias.requires_grad
+    if not weight.requires_grad:
+        return given.new_ones(given.shape[1], len(given), len(given)) if has_bias else None
+    gram = _gram(given)
+    return gram.add_(1.0) if has_bias else gram
