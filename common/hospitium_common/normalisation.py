@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -11,9 +11,14 @@ from hospitium_common.codec import Reader, encode_parts
 from hospitium_common.errors import PeerProtocolError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from hospitium_common.study import Study
+    from hospitium_common.study.schema import Variable
+
+F = TypeVar("F", np.float32, np.float64)
 
 SUM_SCALE = 2.0**20
 """Sums are taken over values mapped from their plausible range to 0…1, in steps of 2^-20."""
@@ -22,17 +27,28 @@ SMALLEST_SPREAD = 1e-3
 
 
 def ranges(study: Study) -> NDArray[np.float64]:
-    """Return ``[feature, low | high]``: the public range of every normalised feature."""
+    """Return ``[feature, low | high]``: the public range of every feature, on its scale."""
     data = study.data
     if data.kind == "image":
         return np.tile([0.0, 1.0], (data.channels, 1))
     variables = data.columns if data.kind == "table" else data.variables + data.statics
-    return np.array([(variable.low, variable.high) for variable in variables], np.float64)
+    limits = np.array([(variable.low, variable.high) for variable in variables], np.float64)
+    return on_scale(limits.T, variables).T
+
+
+def on_scale(values: NDArray[F], variables: Sequence[Variable]) -> NDArray[F]:
+    """Return values ``[..., variable]`` with the logarithm taken where the variable asks for it."""
+    logarithmic = [at for at, variable in enumerate(variables) if variable.scale == "log"]
+    if not logarithmic:
+        return values
+    scaled = values.copy()
+    scaled[..., logarithmic] = np.log(values[..., logarithmic])
+    return scaled
 
 
 @dataclass(frozen=True, kw_only=True)
 class Normalisation:
-    """Mean and standard deviation per feature, in the variables' own units."""
+    """Mean and standard deviation per feature, in the variables' own units (or their logarithm)."""
 
     means: NDArray[np.float64]
     deviations: NDArray[np.float64]

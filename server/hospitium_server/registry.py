@@ -92,6 +92,21 @@ class Registry:
                 f"{found[0][:12]}; the study file was changed after it began. Use a new directory"
             )
 
+    @classmethod
+    def open_existing(cls, directory: Path) -> Registry:
+        """Open a registry to read it, whatever its study is.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        path = directory / "registry.sqlite"
+        if not path.exists():
+            raise ConfigError(f"{path}: expected a registry, got nothing there")
+        with closing(sqlite3.connect(path)) as database:
+            row = database.execute("SELECT study, layout FROM versions LIMIT 1").fetchone()
+        study, layout = ("", "") if row is None else row
+        return cls(directory, bytes.fromhex(study), bytes.fromhex(layout))
+
     def close(self) -> None:
         """Close the database."""
         self._database.close()

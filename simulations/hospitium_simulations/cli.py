@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -50,6 +51,7 @@ def simulate(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also train each hospital alone, and pooled.")
     ] = False,
+    seed: Annotated[int | None, typer.Option(help="Instead of the study's own seed.")] = None,
     fault: Annotated[
         list[str] | None,
         typer.Option(help="KIND:SITE:MESSAGE[:ROUND], e.g. drop:2:masked:3. May be repeated."),
@@ -67,6 +69,9 @@ def simulate(
     )
     cutting = Partition.parse(partition)
     document = load_study(study)
+    if seed is not None:
+        identity = document.study.model_copy(update={"seed": seed})
+        document = document.model_copy(update={"study": identity})
     directory = runs / (name or f"{document.study.id}-{document.digest.hex()[:8]}")
     run(document, data, directory, cutting, sites, options, with_baselines=baselines)
 
@@ -132,7 +137,9 @@ def run(
         ),
     )
     (directory / "finished.json").write_text(json.dumps(settings), encoding="utf-8")
-    console.print(_result_table(outcome.result.test, outcome.others))
+    console.print(_result_table(outcome.result.test, outcome.others, outcome.by_site))
+    mean = float(np.mean([one.accuracy for one in outcome.by_site.values()]))
+    console.print(f"Mean accuracy over hospitals {mean:.3f}.")
     console.print(f"Report: [bold]{page}", soft_wrap=True)
 
 
@@ -170,12 +177,15 @@ def _hospital_table(hospitals: Mapping[str, Records], *, synthetic: bool) -> Tab
     return table
 
 
-def _result_table(test: Figures, others: Mapping[str, Figures]) -> Table:
+def _result_table(
+    test: Figures, others: Mapping[str, Figures], by_site: Mapping[str, Figures]
+) -> Table:
     table = Table(title="On the test patients of all hospitals", title_justify="left")
     table.add_column("model")
     for column in ("AUROC", "95 % interval", "AUPRC", "accuracy", "ECE"):
         table.add_column(column, justify="right")
-    for model, one in {"federated": test, **others}.items():
+    at_sites = {f"federated, at {site} only": one for site, one in by_site.items()}
+    for model, one in {"federated": test, **others, **at_sites}.items():
         table.add_row(
             model, f"{one.auroc:.3f}", f"{one.auroc_low:.3f} to {one.auroc_high:.3f}",
             f"{one.auprc:.3f}", f"{one.accuracy:.3f}", f"{one.calibration_error:.3f}",

@@ -18,7 +18,8 @@ from hospitium_common.errors import ConfigError
 from hospitium_common.models import build, tensors_of
 from hospitium_common.roster import Roster
 from hospitium_common.secagg.keys import SiteKeys
-from hospitium_server.registry import Registry, RoundRecord
+from hospitium_server.evaluation import Figures, figures
+from hospitium_server.registry import Registry, RoundRecord, Version
 from hospitium_server.rounds import StudyResult, StudyRun, Summing, Watcher
 from hospitium_server.secure_sum import SecureSum
 from hospitium_simulations.baselines import baselines
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from hospitium_client.data.records import Records
     from hospitium_common.study import Study
-    from hospitium_server.evaluation import Figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class Outcome:
     history: tuple[tuple[RoundRecord, Figures | None], ...]
     lineage: tuple[tuple[int, str, str], ...]
     others: dict[str, Figures]
+    by_site: dict[str, Figures]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +112,27 @@ def simulate(
         if with_baselines:
             public = result.best.normalisation
             others = baselines(study, hospitals, first, public, directory, on_step)
+        by_site = {
+            name: _at_one_site(study, work, result.best)
+            for name, work in zip(hospitals, works.values(), strict=True)
+        }
         return Outcome(
-            result=result, history=registry.history(), lineage=registry.lineage(), others=others
+            by_site=by_site,
+            result=result,
+            history=registry.history(),
+            lineage=registry.lineage(),
+            others=others,
         )
     finally:
         for session in sessions.values():
             session.close()
         registry.close()
+
+
+def _at_one_site(study: Study, work: SiteWork, version: Version) -> Figures:
+    """How a model does at one hospital; a simulation may know, a coordinator never does."""
+    tail = work.evaluate(version.parameters, version.normalisation).tail
+    return figures(work.tail_layout.evaluation(tail).test, study)
 
 
 def _sessions(

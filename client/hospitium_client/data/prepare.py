@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from hospitium_client.samples import Samples
-from hospitium_common.normalisation import SUM_SCALE, ranges
-from hospitium_common.study.schema import EventSchema, ImageSchema
+from hospitium_common.normalisation import SUM_SCALE, on_scale, ranges
+from hospitium_common.study.schema import EventSchema, ImageSchema, TableSchema
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,13 +27,14 @@ def feature_sums(records: Records, study: Study) -> NDArray[np.int64]:
     Values are mapped from their public range to 0…1 and summed in steps of 2^-20; images count
     their pixels' means, so that no word grows with their size.
     """
-    if isinstance(study.data, ImageSchema):
+    schema = study.data
+    if isinstance(schema, ImageSchema):
         means = records.values.mean(axis=(2, 3), dtype=np.float64)
         squares = (records.values.astype(np.float64) ** 2).mean(axis=(2, 3))
         columns, squared = means, squares
     else:
         low, high = ranges(study).T
-        values = _feature_columns(records)
+        values = _feature_columns(records, schema)
         columns = (values - low) / (high - low)
         squared = columns**2
     count = np.count_nonzero(~np.isnan(columns), axis=0)
@@ -57,7 +58,7 @@ def prepare(records: Records, normalisation: Normalisation, study: Study) -> Sam
     elif isinstance(schema, EventSchema):
         inputs = _events(records, normalisation, schema)
     else:
-        scaled = normalisation.apply(records.values, axis=1)
+        scaled = normalisation.apply(on_scale(records.values, schema.columns), axis=1)
         measured = ~np.isnan(scaled)
         inputs = np.nan_to_num(scaled, nan=0.0)
         if schema.missing == "mask":
@@ -70,15 +71,16 @@ def prepare(records: Records, normalisation: Normalisation, study: Study) -> Sam
     )
 
 
-def _feature_columns(records: Records) -> NDArray[np.float64]:
+def _feature_columns(records: Records, schema: EventSchema | TableSchema) -> NDArray[np.float64]:
     """Stack every measurement and every static into ``[row, feature]``, NaN in between."""
-    if records.values.ndim == 2:
-        return records.values.astype(np.float64)
-    variables = records.values.reshape(-1, records.values.shape[2]).astype(np.float64)
+    if isinstance(schema, TableSchema):
+        return on_scale(records.values.astype(np.float64), schema.columns)
+    rows = records.values.reshape(-1, records.values.shape[2]).astype(np.float64)
+    variables = on_scale(rows, schema.variables)
     if records.statics.shape[1] == 0:
         return variables
     statics = np.full((len(variables), records.statics.shape[1]), np.nan)
-    statics[: len(records)] = records.statics
+    statics[: len(records)] = on_scale(records.statics, schema.statics)
     return np.concatenate([variables, statics], axis=1)
 
 
@@ -93,18 +95,16 @@ def carried_forward(values: Floats) -> tuple[Floats, Floats]:
 
 def _events(records: Records, normalisation: Normalisation, schema: EventSchema) -> Floats:
     count, steps, variables = records.values.shape
-    scaled = (records.values - normalisation.means[:variables]) / normalisation.deviations[
-        :variables
-    ]
+    values = on_scale(records.values, schema.variables)
+    scaled = (values - normalisation.means[:variables]) / normalisation.deviations[:variables]
     filled, since = carried_forward(scaled.astype(np.float32))
     features = np.zeros((count, steps, schema.features), np.float32)
     features[..., :variables] = np.nan_to_num(filled, nan=0.0)
     features[..., variables : 2 * variables] = ~np.isnan(records.values)
     features[..., 2 * variables : 3 * variables] = np.where(since < 0, 1.0, since / steps)
     statics = records.statics.shape[1]
-    fixed = (records.statics - normalisation.means[variables:]) / normalisation.deviations[
-        variables:
-    ]
+    known = on_scale(records.statics, schema.statics)
+    fixed = (known - normalisation.means[variables:]) / normalisation.deviations[variables:]
     at = 3 * variables
     features[..., at : at + statics] = np.nan_to_num(fixed, nan=0.0)[:, None]
     features[..., at + statics : at + 2 * statics] = ~np.isnan(fixed)[:, None]

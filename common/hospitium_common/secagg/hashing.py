@@ -23,6 +23,7 @@ SUITE = b"HSA1-XWING768-Ed25519-HKDFSHA256-AES256CTR-AES256GCM-GF256"
 class Label:
     """What a hash, a key or a signature is for. No two uses share a label."""
 
+    STUDY = b"hospitium/study"
     POLICY = b"hsa1/policy"
     QUANTISER = b"hsa1/quant"
     CONTEXT = b"hsa1/ctx"

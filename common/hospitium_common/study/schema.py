@@ -10,17 +10,24 @@ from hospitium_common.study.sections import Name, Positive, Section
 
 
 class Variable(Section):
-    """A measured variable; outside ``low`` to ``high`` a value is implausible: it is missing."""
+    """A measured variable; outside ``low`` to ``high`` a value is implausible: it is missing.
+
+    ``scale = "log"`` is for values that spread over orders of magnitude, as many laboratory
+    values do; the model then sees their logarithm.
+    """
 
     name: Name
     low: float = Field(allow_inf_nan=False)
     high: float = Field(allow_inf_nan=False)
     unit: str = ""
+    scale: Literal["linear", "log"] = "linear"
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not self.low < self.high:
             raise ValueError(f"expected low < high, got {self.low} and {self.high}")
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError(f'expected low > 0 with scale = "log", got {self.low}')
         return self
 
 

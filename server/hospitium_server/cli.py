@@ -1,0 +1,59 @@
+"""`hospitium coordinator`: keys, signatures, and what a study's registry holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hospitium_common.errors import ConfigError
+from hospitium_common.study import load_study
+from hospitium_common.study.signature import fingerprint, sign_study
+from hospitium_server.keys import load_key, make_key
+from hospitium_server.registry import Registry
+
+app = typer.Typer(help="Sign studies and look at their models.", no_args_is_help=True)
+
+KeyFile = Annotated[Path, typer.Option(help="The coordinator's key file.")]
+
+
+@app.command()
+def init(key: KeyFile = Path("coordinator.key")) -> None:
+    """Make the coordinator's signing key (Ed25519) in a file that only you can read."""
+    public = make_key(key).public_key().public_bytes_raw()
+    Console().print(f"Wrote {key}. Its fingerprint, for hospitals to compare by telephone:")
+    Console().print(fingerprint(public), style="bold")
+
+
+@app.command()
+def sign(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    key: KeyFile = Path("coordinator.key"),
+) -> None:
+    """Sign a study; hospitals check the signature before they look any further."""
+    document = load_study(study)
+    path = sign_study(document, study, load_key(key))
+    Console().print(f"Wrote {path}. Send both files to the hospitals.")
+
+
+@app.command()
+def models(
+    directory: Annotated[Path, typer.Argument(help="A run's coordinator/ directory.")],
+) -> None:
+    """List a study's model versions, how each does, and who made it."""
+    registry = Registry.open_existing(directory)
+    history, lineage = registry.history(), registry.lineage()
+    registry.close()
+    if not history:
+        raise ConfigError(f"{directory}: expected at least one model version, got none yet")
+    table = Table(title=str(directory), title_justify="left")
+    for column in ("version", "sites", "validation AUROC", "loss", "SHA-256", "made from"):
+        table.add_column(column)
+    for (made, seen), (number, digest, parent) in zip(history, lineage, strict=True):
+        scores = ("", "") if seen is None else (f"{seen.auroc:.3f}", f"{seen.loss:.3f}")
+        sites = ", ".join(str(site) for site in made.survivors)
+        table.add_row(str(number), sites, *scores, digest[:12], parent[:12])
+    Console().print(table)
