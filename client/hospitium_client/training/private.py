@@ -14,7 +14,7 @@ from hospitium_client.training.clipping.fast import check_layers, contributions
 from hospitium_client.training.clipping.opacus_hooks import OpacusHooks
 from hospitium_client.training.noise import SecureNoise
 from hospitium_client.training.sampling import PoissonSampler, Sample
-from hospitium_common.errors import DataRejected
+from hospitium_common.errors import ConfigError, DataRejected
 from hospitium_common.privacy import SpendEvent, Unit
 
 if TYPE_CHECKING:
@@ -47,6 +47,18 @@ class PrivateStepPlan:
     physical_batch: int
     augmentation_multiplicity: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 < self.sample_rate <= 1:
+            raise ConfigError(f"expected a sampling rate in (0, 1], got {self.sample_rate:g}")
+        for name in ("noise_multiplier", "clip_norm"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"expected a positive {name}, got {value:g}")
+        counts = ("steps", "records_per_patient", "physical_batch", "augmentation_multiplicity")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"expected {name} of at least 1, got {getattr(self, name)}")
+
     @property
     def event(self) -> SpendEvent:
         """What the round costs, for the accountant and the ledger."""
@@ -60,8 +72,12 @@ class PrivateStepPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTotals:
-    """What happened; exact figures of the site's own, never released as they are."""
+    """What happened; exact figures of the site's own, never released as they are.
 
+    ``events`` is what to book; it holds nothing but the plan.
+    """
+
+    events: tuple[SpendEvent, ...]
     steps: int
     units_seen: int
     dropped_non_finite: int
@@ -125,7 +141,7 @@ def train_privately(
             for parameter, gradient in clipped.gradients:
                 total[id(parameter)] += gradient
             dropped += clipped.dropped
-            loss_sum += float(torch.nan_to_num(losses).sum())
+            loss_sum += float(torch.nan_to_num(losses, posinf=0.0, neginf=0.0).sum())
             records += len(losses)
         seen += drawn.units
         for parameter in trained:
@@ -140,6 +156,7 @@ def train_privately(
             on_step()
     optimizer.zero_grad(set_to_none=True)
     return StepTotals(
+        events=(plan.event,),
         steps=plan.steps,
         units_seen=seen,
         dropped_non_finite=dropped,

@@ -100,6 +100,10 @@ class OuterProducts:
     bias: Parameter | None
     inputs: Tensor
     grads: Tensor
+    products: Tensor | None = None
+
+    def _bias_gradients(self) -> Tensor:
+        return self.grads.sum(1)
 
     def squared_norms(self) -> Tensor:
         positions, wide, tall = self.inputs.shape[1], self.inputs.shape[2], self.grads.shape[2]
@@ -113,12 +117,19 @@ class OuterProducts:
                 norms = gram_norms(left, right)
             else:
                 products = torch.bmm(self.grads.transpose(1, 2), self.inputs)
-                norms = products.square_().sum((1, 2))
+                if products.numel() <= self.grads.numel():
+                    self.products = products  # small enough to keep for the sum
+                norms = products.square().sum((1, 2))
         if self.bias is not None and self.bias.requires_grad:
-            norms = norms + self.grads.sum(1).square().sum(1)
+            norms = norms + self._bias_gradients().square().sum(1)
         return norms
 
     def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
+        if self.products is not None:
+            found = [(self.weight, (factors @ self.products.flatten(1)).view_as(self.weight))]
+            if self.bias is not None and self.bias.requires_grad:
+                found.append((self.bias, factors @ self._bias_gradients()))
+            return found
         scaled = self.grads * factors.view(-1, 1, 1)
         found = []
         if self.weight.requires_grad:
@@ -133,7 +144,9 @@ class OuterProducts:
             products = torch.bmm(self.grads.transpose(1, 2), self.inputs)
             yield self.weight, products.view(-1, *self.weight.shape)
         if self.bias is not None and self.bias.requires_grad:
-            yield self.bias, self.grads.sum(1)
+            yield self.bias, self._bias_gradients()
 
     def drop(self, bad: Tensor) -> None:
         self.inputs, self.grads = without(self.inputs, bad), without(self.grads, bad)
+        if self.products is not None:
+            self.products = without(self.products, bad)

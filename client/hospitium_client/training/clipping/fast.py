@@ -27,24 +27,38 @@ if TYPE_CHECKING:
 
 MIXES_SAMPLES = (nn.modules.batchnorm._NormBase,)
 RECURRENT = (nn.LSTM, nn.GRU)
+SEQUENCES = 3
 IMAGES = 4
 """Inputs of so many dimensions are images ``[batch, channel, height, width]``."""
 
 
 def check_layers(model: nn.Module) -> None:
-    """Refuse layers that mix the records of a batch.
+    """Refuse layers that mix the records of a batch, and parameters that two layers share.
 
     Raises:
         ConfigError: names the layer.
     """
+    owners: dict[int, str] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, MIXES_SAMPLES) and not isinstance(
-            layer, nn.modules.instancenorm._InstanceNorm
-        ):
+        if _mixes_samples(layer):
             raise ConfigError(
                 f"model layer {name!r}: {type(layer).__name__} mixes the records of a batch, which "
                 "breaks the privacy guarantee; use GroupNorm"
             )
+        for parameter in layer.parameters(recurse=False):
+            if parameter.requires_grad and owners.setdefault(id(parameter), name) != name:
+                raise ConfigError(
+                    f"model layers {owners[id(parameter)]!r} and {name!r} share a parameter, whose "
+                    "per-sample gradient would be clipped in two parts; give each its own"
+                )
+        if isinstance(layer, nn.LSTM) and layer.proj_size:
+            raise ConfigError(f"model layer {name!r}: expected an LSTM without proj_size")
+
+
+def _mixes_samples(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+        return bool(layer.track_running_stats)
+    return isinstance(layer, MIXES_SAMPLES)
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,15 @@ class _Calls:
             )
         self.seen.add(id(layer))
 
+    def check_all_seen(self, layers: list[nn.Module]) -> None:
+        """Refuse to train past a layer whose gradients nobody saw (it may be used as a function)."""
+        for layer in layers:
+            if id(layer) not in self.seen:
+                raise ConfigError(
+                    f"model layer {type(layer).__name__} has parameters that no forward call of its "
+                    "own uses; freeze them, or call the layer"
+                )
+
 
 def contributions(
     model: nn.Module, inputs: Tensor, loss_of: Callable[[Tensor], Tensor]
@@ -88,8 +111,10 @@ def contributions(
     """
     if inputs.dim() == IMAGES:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
+    layers = _trained_layers(model)
     with _recording(model) as (calls, anchor):
         losses = loss_of(model(inputs))
+        calls.check_all_seen(layers)
         edges = [call.edge for call in calls.plain]
         if calls.recurrent:
             edges.append(get_gradient_edge(anchor))
@@ -123,18 +148,27 @@ def _moments(node: object) -> tuple[Tensor, Tensor] | None:
     return None if mean is None or inverse is None else (mean, inverse)
 
 
-@contextmanager
-def _recording(model: nn.Module) -> Iterator[tuple[_Calls, Tensor]]:
-    calls, anchor = _Calls(), torch.zeros((), requires_grad=True)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    layers = [
+def _trained_layers(model: nn.Module) -> list[nn.Module]:
+    return [
         layer
         for layer in model.modules()
         if any(p.requires_grad for p in layer.parameters(recurse=False))
     ]
 
-    def remember(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+
+@contextmanager
+def _recording(model: nn.Module) -> Iterator[tuple[_Calls, Tensor]]:
+    calls, anchor = _Calls(), torch.zeros((), requires_grad=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    layers = _trained_layers(model)
+
+    def remember(layer: nn.Module, given: tuple[object, ...], output: object) -> Tensor:
         calls.first_time(layer)
+        if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
+            raise ConfigError(
+                f"model layer {type(layer).__name__}: expected a layer that maps one tensor to one "
+                "tensor; the fast engine clips no other"
+            )
         moments = _moments(output.grad_fn) if isinstance(layer, nn.GroupNorm) else None
         if not output.requires_grad:
             output = _Enter.apply(output, anchor)  # type: ignore[no-untyped-call]  # torch types apply so
@@ -143,8 +177,13 @@ def _recording(model: nn.Module) -> Iterator[tuple[_Calls, Tensor]]:
         return output
 
     def replaced(layer: nn.LSTM | nn.GRU) -> Callable[..., tuple[Tensor, None]]:
-        def forward(given: Tensor, state: None = None) -> tuple[Tensor, None]:
+        def forward(given: Tensor, state: object = None) -> tuple[Tensor, None]:
             calls.first_time(layer)
+            if not isinstance(given, Tensor) or given.dim() != SEQUENCES or state is not None:
+                raise ConfigError(
+                    f"model layer {type(layer).__name__}: expected padded input [batch, time, "
+                    "feature] and no first state; packed sequences reorder patients"
+                )
             recording = Recording()
             calls.recurrent.append(recording)
             return recorded_forward(layer, given, recording, anchor), None

@@ -12,6 +12,7 @@ from opacus.layers import DPGRU, DPLSTM
 from torch import Tensor, nn
 
 from hospitium_client.training.clipping.contributions import Instantiated
+from hospitium_common.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +39,15 @@ class OpacusHooks:
                 self._by_name[name].requires_grad_(parameter.requires_grad)
         self._twin.train(model.training)
         self._twin.zero_grad(set_to_none=True)
-        losses = loss_of(self._twin(inputs))
+        try:
+            losses = loss_of(self._twin(inputs))
+        except RuntimeError as refused:
+            if "modified inplace" not in str(refused):
+                raise
+            raise ConfigError(
+                'model: expected layers that leave their inputs alone with privacy.engine = "opacus", '
+                'got one that works in place; use privacy.engine = "fast"'
+            ) from None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             losses.sum().backward()  # type: ignore[no-untyped-call]  # torch types backward so

@@ -97,14 +97,22 @@ class RecurrentGradients:
         return total
 
     def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
-        self.gates *= factors[None, :, None]
+        """Scale the narrow side of each product; the gates are the wide one."""
         found = []
+        steps, size = len(self.gates), self.states.shape[2]
+        of_gates = factors.repeat(steps) @ self.gates.flatten(0, 1)
         for weight, bias, given, back, roll in self._sides():
             if weight.requires_grad:
-                total = given.flatten(0, 1).t() @ back.flatten(0, 1)
-                found.append((weight, total.t().roll(roll, 0) if roll else total.t()))
+                scaled = given * factors[None, :, None]
+                total = (scaled.flatten(0, 1).t() @ back.flatten(0, 1)).t()
+                found.append((weight, total.roll(roll, 0) if roll else total))
             if bias is not None and bias.requires_grad:
-                found.append((bias, back.sum((0, 1)).roll(roll, 0)))
+                if self._is_gru:
+                    first = bias is self.parameters.bias_in
+                    own = of_gates[: 3 * size].roll(roll) if first else of_gates[size:]
+                    found.append((bias, own))
+                else:
+                    found.append((bias, of_gates))
         return found
 
     def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
