@@ -54,7 +54,7 @@ def calibrate_noise(
     Raises:
         ConfigError: the budget cannot be met with any reasonable noise.
     """
-    return _calibrate(epsilon, delta, sample_rate, steps, _merged(spent))
+    return float(_calibrate(epsilon, delta, sample_rate, steps, _merged(spent)))
 
 
 def default_delta(patients: int) -> float:

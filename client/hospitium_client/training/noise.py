@@ -1,8 +1,8 @@
 """Noise that an attacker cannot predict or undo.
 
-The stream is AES-256-CTR; normal deviates come from Box and Muller (1958) in float64. Each deviate is
-the scaled sum of ``DRAWS`` independent ones, so that the gaps between floating-point numbers no
-longer tell which values were possible (Mironov 2012; Holohan and Braghin 2021).
+The stream is AES-256-CTR; normal deviates come from Box and Muller (1958) in float64. Each
+deviate is the scaled sum of ``DRAWS`` independent ones, so that the gaps between floating-point
+numbers no longer tell which values were possible (Mironov 2012; Holohan and Braghin 2021).
 """
 
 from __future__ import annotations

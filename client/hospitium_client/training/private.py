@@ -131,9 +131,7 @@ def train_privately(
         drawn = sampler.draw()
         for part in _physical(drawn, plan.physical_batch):
             inputs, targets, part = _views(samples, part, plan, augment, generator)
-            found, losses = gradients_of(
-                model, inputs, lambda logits, targets=targets: per_sample_loss(logits, targets)
-            )
+            found, losses = gradients_of(model, inputs, _against(targets, per_sample_loss))
             clipped = clipped_sum(
                 found, unit_of=part.unit_of, units=part.units, weights=part.weights,
                 clip_norm=plan.clip_norm,
@@ -162,6 +160,10 @@ def train_privately(
         dropped_non_finite=dropped,
         mean_loss=loss_sum / records if records else math.nan,
     )
+
+
+def _against(targets: Tensor, loss: PerSampleLoss) -> Callable[[Tensor], Tensor]:
+    return lambda logits: loss(logits, targets)
 
 
 def _physical(drawn: Sample, limit: int) -> Iterator[Sample]:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-    from torch.nn import Parameter
 
     from hospitium_client.training.clipping.contributions import Contribution
 
@@ -27,7 +26,7 @@ class ClippedSum:
     ``dropped`` counts units whose gradient was not finite; they contribute exactly nothing.
     """
 
-    gradients: list[tuple[Parameter, Tensor]]
+    gradients: list[tuple[Tensor, Tensor]]
     norms: Tensor
     dropped: int
 

@@ -1,7 +1,7 @@
 """What one layer contributes to per-sample gradients, in the cheapest exact form.
 
-A *contribution* answers three questions about a layer's parameters: how long is each sample's gradient
-(squared), what is the weighted sum of all of them, and, if it must be, what are they one by one.
+A *contribution* answers three questions about a layer's parameters: how long is each sample's
+gradient (squared), what is the weighted sum of all, and, if it must be, what are they one by one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
-    from torch.nn import Parameter
 
 ROUNDING = torch.finfo(torch.float32).eps
 """A Gram matrix loses this much of the sum of its terms; the loss is added back to the norm."""
@@ -28,14 +27,14 @@ class Contribution(Protocol):
         """Return ``[B]``, never below the true value by more than rounding of the gradient."""
         ...
 
-    def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
+    def weighted_sum(self, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return each parameter with the sum over samples of factor times gradient.
 
         To be called last: it may use up what the contribution holds.
         """
         ...
 
-    def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
+    def one_by_one(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each parameter with its gradients ``[B, ...]``."""
         ...
 
@@ -65,18 +64,22 @@ def without(values: Tensor, bad: Tensor, dim: int = 0) -> Tensor:
 class Instantiated:
     """Gradients that were cheapest to write out: parameter -> ``[B, ...]``."""
 
-    gradients: list[tuple[Parameter, Tensor]]
+    gradients: list[tuple[Tensor, Tensor]]
 
     def squared_norms(self) -> Tensor:
+        """Return ``[B]``."""
         return sum_of([g.flatten(1).square().sum(1) for _, g in self.gradients])
 
-    def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
+    def weighted_sum(self, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return each parameter with the weighted sum of its gradients."""
         return [(p, (factors.to(g.dtype) @ g.flatten(1)).view_as(p)) for p, g in self.gradients]
 
-    def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
+    def one_by_one(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each parameter with its gradients ``[B, ...]``."""
         yield from self.gradients
 
     def drop(self, bad: Tensor) -> None:
+        """Make the marked samples contribute nothing."""
         self.gradients = [(p, without(g, bad)) for p, g in self.gradients]
 
 
@@ -96,8 +99,8 @@ class OuterProducts:
     product of norms; with few, Gram matrices (Li et al. 2022) are cheaper than the gradients.
     """
 
-    weight: Parameter
-    bias: Parameter | None
+    weight: Tensor
+    bias: Tensor | None
     inputs: Tensor
     grads: Tensor
     products: Tensor | None = None
@@ -106,6 +109,7 @@ class OuterProducts:
         return self.grads.sum(1)
 
     def squared_norms(self) -> Tensor:
+        """Return ``[B]``."""
         positions, wide, tall = self.inputs.shape[1], self.inputs.shape[2], self.grads.shape[2]
         norms = self.grads.new_zeros(len(self.grads))
         if self.weight.requires_grad:
@@ -124,7 +128,8 @@ class OuterProducts:
             norms = norms + self._bias_gradients().square().sum(1)
         return norms
 
-    def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
+    def weighted_sum(self, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return each parameter with the weighted sum of its gradients."""
         if self.products is not None:
             found = [(self.weight, (factors @ self.products.flatten(1)).view_as(self.weight))]
             if self.bias is not None and self.bias.requires_grad:
@@ -139,7 +144,8 @@ class OuterProducts:
             found.append((self.bias, scaled.sum((0, 1))))
         return found
 
-    def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
+    def one_by_one(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each parameter with its gradients ``[B, ...]``."""
         if self.weight.requires_grad:
             products = torch.bmm(self.grads.transpose(1, 2), self.inputs)
             yield self.weight, products.view(-1, *self.weight.shape)
@@ -147,6 +153,7 @@ class OuterProducts:
             yield self.bias, self._bias_gradients()
 
     def drop(self, bad: Tensor) -> None:
+        """Make the marked samples contribute nothing."""
         self.inputs, self.grads = without(self.inputs, bad), without(self.grads, bad)
         if self.products is not None:
             self.products = without(self.products, bad)

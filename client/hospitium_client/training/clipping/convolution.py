@@ -23,7 +23,6 @@ from hospitium_client.training.clipping.contributions import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch.nn import Parameter
 
 FEW_CHANNELS = 4
 """Up to here the unfolded image is small, and one product over it beats one per tap."""
@@ -81,8 +80,8 @@ def _bias_gradients(layer: nn.Conv2d, grads: Tensor) -> Tensor | None:
 class PixelGrams:
     """Norms from Gram matrices of the image itself, not of its unfolded copy.
 
-    Patches p and q meet in Σ_taps ⟨x[p + tap], x[q + tap]⟩: the pixels' Gram matrix, shifted along its
-    diagonal once per tap and added up (after Li et al. 2022, without the unfolding).
+    Patches p and q meet in Σ_taps ⟨x[p + tap], x[q + tap]⟩: the pixels' Gram matrix, shifted along
+    its diagonal once per tap and added up (after Li et al. 2022, without the unfolding).
     """
 
     layer: nn.Conv2d
@@ -90,6 +89,7 @@ class PixelGrams:
     grads: Tensor
 
     def squared_norms(self) -> Tensor:
+        """Return ``[B]``."""
         images, signals = self.inputs.flatten(2), self.grads.flatten(2)
         of_grads = torch.bmm(signals.transpose(1, 2), signals)
         norms = gram_norms(self._patches(torch.bmm(images.transpose(1, 2), images)), of_grads)
@@ -112,9 +112,10 @@ class PixelGrams:
             total += padded[:, y, x, y, x]
         return total.view(-1, rows * columns, rows * columns)
 
-    def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
+    def weighted_sum(self, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return each parameter with the weighted sum of its gradients."""
         layer, scaled = self.layer, self.grads * factors.view(-1, 1, 1, 1)
-        weight = conv2d_weight(
+        weight: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]  # torch has no types here
             self.inputs, layer.weight.shape, scaled, layer.stride, layer.padding, layer.dilation
         )
         found = [(layer.weight, weight)]
@@ -123,7 +124,8 @@ class PixelGrams:
             found.append((layer.bias, bias.sum(0)))
         return found
 
-    def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
+    def one_by_one(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each parameter with its gradients ``[B, ...]``."""
         layer = self.layer
         columns = functional.unfold(
             self.inputs, layer.kernel_size, layer.dilation, _padding(layer), layer.stride
@@ -131,6 +133,7 @@ class PixelGrams:
         yield from _unfolded(layer, columns, self.grads).one_by_one()
 
     def drop(self, bad: Tensor) -> None:
+        """Make the marked samples contribute nothing."""
         self.inputs, self.grads = without(self.inputs, bad), without(self.grads, bad)
 
 
@@ -143,7 +146,8 @@ class Shifted:
     """
 
     def __init__(self, layer: nn.Conv2d, inputs: Tensor, grads: Tensor) -> None:
-        self._layer, self._taps = layer, None
+        self._layer = layer
+        self._taps: Tensor | None = None
         self._bias = _bias_gradients(layer, grads)
         if layer.weight.requires_grad:
             self._taps = self._products(inputs, grads)
@@ -166,6 +170,7 @@ class Shifted:
         return taps
 
     def squared_norms(self) -> Tensor:
+        """Return ``[B]``."""
         parts = []
         if self._taps is not None:
             parts.append(torch.linalg.vector_norm(self._taps.flatten(2), dim=2).square().sum(0))
@@ -173,7 +178,8 @@ class Shifted:
             parts.append(self._bias.square().sum(1))
         return torch.stack(parts).sum(0)
 
-    def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
+    def weighted_sum(self, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return each parameter with the weighted sum of its gradients."""
         found, layer = [], self._layer
         if self._taps is not None:
             total = torch.matmul(factors, self._taps.flatten(2))  # [tap, out · in]
@@ -184,16 +190,18 @@ class Shifted:
             found.append((layer.bias, factors @ self._bias))
         return found
 
-    def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
+    def one_by_one(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each parameter with its gradients ``[B, ...]``."""
         layer = self._layer
         if self._taps is not None:
             high, wide = layer.kernel_size
-            each = self._taps.unflatten(0, (high, wide)).permute(2, 3, 4, 0, 1)
+            each = self._taps.view(high, wide, *self._taps.shape[1:]).permute(2, 3, 4, 0, 1)
             yield layer.weight, each
         if self._bias is not None and layer.bias is not None:
             yield layer.bias, self._bias
 
     def drop(self, bad: Tensor) -> None:
+        """Make the marked samples contribute nothing."""
         if self._taps is not None:
             self._taps = without(self._taps, bad, dim=1)
         if self._bias is not None:

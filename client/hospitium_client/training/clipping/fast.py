@@ -1,7 +1,7 @@
 """Book-keeping: one forward that records layer inputs, one backward for output gradients only.
 
-No parameter requires a gradient while the batch runs, so autograd spends nothing on them; each layer's
-contribution is then computed once, in its cheapest form (`layers`, `recurrent`).
+No parameter requires a gradient while the batch runs, so autograd spends nothing on them; each
+layer's contribution is then computed once, in its cheapest form (`layers`, `recurrent`).
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ class _Calls:
         self.seen.add(id(layer))
 
     def check_all_seen(self, layers: list[nn.Module]) -> None:
-        """Refuse to train past a layer whose gradients nobody saw (it may be used as a function)."""
+        """Refuse to train past a layer whose gradients nobody saw."""
         for layer in layers:
             if id(layer) not in self.seen:
                 raise ConfigError(
-                    f"model layer {type(layer).__name__} has parameters that no forward call of its "
-                    "own uses; freeze them, or call the layer"
+                    f"model layer {type(layer).__name__} has parameters that no forward call of "
+                    "its own uses; freeze them, or call the layer"
                 )
 
 
@@ -112,7 +112,7 @@ def contributions(
     if inputs.dim() == IMAGES:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     layers = _trained_layers(model)
-    with _recording(model) as (calls, anchor):
+    with _recording(model, layers) as (calls, anchor):
         losses = loss_of(model(inputs))
         calls.check_all_seen(layers)
         edges = [call.edge for call in calls.plain]
@@ -133,7 +133,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, output: Tensor, anchor: Tensor) -> Tensor:
-        ctx.mark_dirty(output)  # type: ignore[attr-defined]  # torch's stub lacks it
+        ctx.mark_dirty(output)
         return output
 
     @staticmethod
@@ -156,55 +156,68 @@ def _trained_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-@contextmanager
-def _recording(model: nn.Module) -> Iterator[tuple[_Calls, Tensor]]:
-    calls, anchor = _Calls(), torch.zeros((), requires_grad=True)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    layers = _trained_layers(model)
+class _Recorder:
+    """Puts hooks and replaced forwards on a model, and takes them off again."""
 
-    def remember(layer: nn.Module, given: tuple[object, ...], output: object) -> Tensor:
-        calls.first_time(layer)
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.calls, self.anchor = _Calls(), torch.zeros((), requires_grad=True)
+        self._layers = layers
+        self._hooks = [
+            layer.register_forward_hook(self._remember)
+            for layer in layers
+            if not isinstance(layer, RECURRENT)
+        ]
+        for layer in layers:
+            if isinstance(layer, RECURRENT):
+                layer.forward = self._replaced(layer)  # type: ignore[method-assign,assignment]  # for this batch only
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self._layers:
+            if isinstance(layer, RECURRENT):
+                del layer.forward
+
+    def _remember(self, layer: nn.Module, given: tuple[object, ...], output: object) -> Tensor:
+        self.calls.first_time(layer)
         if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
             raise ConfigError(
                 f"model layer {type(layer).__name__}: expected a layer that maps one tensor to one "
                 "tensor; the fast engine clips no other"
             )
         moments = _moments(output.grad_fn) if isinstance(layer, nn.GroupNorm) else None
+        entered: Tensor = output
         if not output.requires_grad:
-            output = _Enter.apply(output, anchor)  # type: ignore[no-untyped-call]  # torch types apply so
-        edge = get_gradient_edge(output)
-        calls.plain.append(_Call(layer, given[0].detach(), edge, output.shape, moments))
-        return output
+            entered = _Enter.apply(output, self.anchor)  # type: ignore[no-untyped-call]  # torch types apply so
+        edge = get_gradient_edge(entered)
+        self.calls.plain.append(_Call(layer, given[0].detach(), edge, entered.shape, moments))
+        return entered
 
-    def replaced(layer: nn.LSTM | nn.GRU) -> Callable[..., tuple[Tensor, None]]:
-        def forward(given: Tensor, state: object = None) -> tuple[Tensor, None]:
-            calls.first_time(layer)
+    def _replaced(self, layer: nn.LSTM | nn.GRU) -> Callable[..., tuple[Tensor, None]]:
+        def forward(given: object, state: object = None) -> tuple[Tensor, None]:
+            self.calls.first_time(layer)
             if not isinstance(given, Tensor) or given.dim() != SEQUENCES or state is not None:
                 raise ConfigError(
                     f"model layer {type(layer).__name__}: expected padded input [batch, time, "
                     "feature] and no first state; packed sequences reorder patients"
                 )
             recording = Recording()
-            calls.recurrent.append(recording)
-            return recorded_forward(layer, given, recording, anchor), None
+            self.calls.recurrent.append(recording)
+            return recorded_forward(layer, given, recording, self.anchor), None
 
         return forward
 
-    hooks = []
+
+@contextmanager
+def _recording(model: nn.Module, layers: list[nn.Module]) -> Iterator[tuple[_Calls, Tensor]]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    recorder = _Recorder(layers)
     try:
-        for layer in layers:
-            if isinstance(layer, RECURRENT):
-                layer.forward = replaced(layer)  # type: ignore[method-assign,assignment]  # for this batch only
-            else:
-                hooks.append(layer.register_forward_hook(remember))
         for parameter in trained:
             parameter.requires_grad_(False)
-        yield calls, anchor
+        yield recorder.calls, recorder.anchor
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for hook in hooks:
-            hook.remove()
-        for layer in layers:
-            if isinstance(layer, RECURRENT):
-                del layer.forward
+        recorder.remove()

@@ -63,7 +63,10 @@ def _group_norm(
     step = max(1, CACHED // max(1, given[0].numel()))
     shift = back.sum(2)
     products = torch.cat(
-        [(a * b).sum(2) for a, b in zip(given.split(step), back.split(step), strict=True)]
+        [
+            (a * b).sum(2)
+            for a, b in zip(torch.split(given, step), torch.split(back, step), strict=True)
+        ]
     )
     found = [(layer.weight, (products - shift * mean) * inverse), (layer.bias, shift)]
     return Instantiated([(p, g) for p, g in found if p is not None and p.requires_grad])
@@ -100,7 +103,7 @@ def _general(layer: nn.Module, inputs: Tensor, grads: Tensor) -> Contribution:
             result: Tensor = torch.func.functional_call(layer, given, (sample[None],))
             return result
 
-        _, pull = torch.func.vjp(output, values)
+        pull = torch.func.vjp(output, values)[1]
         found: dict[str, Tensor] = pull(gradient[None])[0]
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from opacus import GradSampleModule
@@ -45,14 +45,14 @@ class OpacusHooks:
             if "modified inplace" not in str(refused):
                 raise
             raise ConfigError(
-                'model: expected layers that leave their inputs alone with privacy.engine = "opacus", '
+                'model: privacy.engine = "opacus" expects layers that leave their inputs alone, '
                 'got one that works in place; use privacy.engine = "fast"'
             ) from None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             losses.sum().backward()  # type: ignore[no-untyped-call]  # torch types backward so
-        gradients = [
-            (parameter, self._by_name[name].grad_sample)
+        gradients: list[tuple[Tensor, Tensor]] = [
+            (parameter, cast("Tensor", self._by_name[name].grad_sample))  # type: ignore[attr-defined]  # Opacus sets it
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         ]
@@ -87,7 +87,7 @@ def _with_private_recurrence(model: nn.Module) -> nn.Module:
                 batch_first=layer.batch_first, dropout=layer.dropout,
                 bidirectional=layer.bidirectional,
             )  # fmt: skip
-            private.load_state_dict(layer.state_dict())
+            private.to(layer.weight_ih_l0).load_state_dict(layer.state_dict())
             owner = model.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], private)
     return model

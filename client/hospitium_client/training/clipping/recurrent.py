@@ -1,7 +1,7 @@
 """LSTM and GRU that keep what per-sample gradients need: fused forward, one pass back in time.
 
-Time comes first inside (``[time, batch, ...]``), so that every step works on contiguous memory; what
-does not depend on the step before is computed for all steps at once. tanh(x) is taken as
+Time comes first inside (``[time, batch, ...]``), so that every step works on contiguous memory;
+what does not depend on the step before is computed for all steps at once. tanh(x) is taken as
 2·sigmoid(2x) − 1, so that one sigmoid serves all gates of a step.
 """
 
@@ -21,7 +21,6 @@ from hospitium_client.training.clipping.recurrent_contribution import (
 
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
-    from torch.nn import Parameter
 
 
 @dataclass
@@ -66,8 +65,8 @@ class _Lstm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, inputs: Tensor, anchor: Tensor, recording: Recording,
-        weight_in: Parameter, weight_across: Parameter, bias_in: Parameter | None,
-        bias_across: Parameter | None,
+        weight_in: Tensor, weight_across: Tensor, bias_in: Tensor | None,
+        bias_across: Tensor | None,
     ) -> Tensor:  # fmt: skip
         steps, batch, _ = inputs.shape
         size = weight_across.shape[1]
@@ -138,8 +137,8 @@ class _Gru(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, inputs: Tensor, anchor: Tensor, recording: Recording,
-        weight_in: Parameter, weight_across: Parameter, bias_in: Parameter | None,
-        bias_across: Parameter | None,
+        weight_in: Tensor, weight_across: Tensor, bias_in: Tensor | None,
+        bias_across: Tensor | None,
     ) -> Tensor:  # fmt: skip
         steps, batch, _ = inputs.shape
         size = weight_across.shape[1]

@@ -1,4 +1,4 @@
-"""What one direction of one recurrent layer contributes, from its inputs, states and gate gradients."""
+"""What one direction of one recurrent layer contributes, from its states and gate gradients."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from hospitium_client.training.clipping.contributions import gram_norms, without
+from hospitium_client.training.clipping.contributions import gram_norms, sum_of, without
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
-    from torch.nn import Parameter
 
 CACHED = 1 << 18
 """Written-out gradients are measured in parts of about this many numbers, while in cache."""
@@ -22,10 +21,10 @@ CACHED = 1 << 18
 class Parameters(NamedTuple):
     """A direction's parameters, as torch names and orders them."""
 
-    weight_in: Parameter
-    weight_across: Parameter
-    bias_in: Parameter | None
-    bias_across: Parameter | None
+    weight_in: Tensor
+    weight_across: Tensor
+    bias_in: Tensor | None
+    bias_across: Tensor | None
 
 
 @dataclass
@@ -46,7 +45,7 @@ class RecurrentGradients:
     def _is_gru(self) -> bool:
         return len(self.parameters.weight_across) < self.gates.shape[2]
 
-    def _sides(self) -> list[tuple[Parameter, Parameter | None, Tensor, Tensor, int]]:
+    def _sides(self) -> list[tuple[Tensor, Tensor | None, Tensor, Tensor, int]]:
         """Per weight: it, its bias, its inputs, gate gradients, and by how much rows are rolled."""
         weight_in, weight_across, bias_in, bias_across = self.parameters
         size = self.states.shape[2]
@@ -61,6 +60,7 @@ class RecurrentGradients:
         ]
 
     def squared_norms(self) -> Tensor:
+        """Return ``[B]``."""
         steps, _, tall = self.gates.shape
         wide = self.inputs.shape[2] + self.states.shape[2]
         if steps * (wide + tall) < wide * tall:
@@ -74,10 +74,13 @@ class RecurrentGradients:
             size = self.states.shape[2]
             ends = [of_gates - _gram(self.gates[:, :, 3 * size :])]
             ends.append(of_gates - _gram(self.gates[:, :, :size]))
-            parts = zip(self._sides(), ends, strict=True)
-            return torch.stack(
-                [gram_norms(left, right) for (s, right) in parts if (left := _left(*s[:3])) is not None]
-            ).sum(0)
+            return sum_of(
+                [
+                    gram_norms(left, right)
+                    for side, right in zip(self._sides(), ends, strict=True)
+                    if (left := _left(*side[:3])) is not None
+                ]
+            )
         lefts = [left for side in self._sides() if (left := _left(*side[:3])) is not None]
         total = lefts[0] if len(lefts) == 1 else lefts[0].add_(lefts[1])
         return gram_norms(total, of_gates)
@@ -96,7 +99,7 @@ class RecurrentGradients:
                 total += back.sum(0).square().sum(1)
         return total
 
-    def weighted_sum(self, factors: Tensor) -> list[tuple[Parameter, Tensor]]:
+    def weighted_sum(self, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Scale the narrow side of each product; the gates are the wide one."""
         found = []
         steps, size = len(self.gates), self.states.shape[2]
@@ -115,7 +118,8 @@ class RecurrentGradients:
                     found.append((bias, of_gates))
         return found
 
-    def one_by_one(self) -> Iterator[tuple[Parameter, Tensor]]:
+    def one_by_one(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each parameter with its gradients ``[B, ...]``."""
         for weight, bias, given, back, roll in self._sides():
             if weight.requires_grad:
                 each = torch.bmm(back.permute(1, 2, 0), given.transpose(0, 1))
@@ -124,6 +128,7 @@ class RecurrentGradients:
                 yield bias, back.sum(0).roll(roll, 1)
 
     def drop(self, bad: Tensor) -> None:
+        """Make the marked samples contribute nothing."""
         self.inputs, self.states = without(self.inputs, bad, 1), without(self.states, bad, 1)
         self.gates = without(self.gates, bad, 1)
 
@@ -133,7 +138,7 @@ def _gram(values: Tensor) -> Tensor:
     return torch.bmm(values.transpose(0, 1), values.permute(1, 2, 0))
 
 
-def _left(weight: Parameter, bias: Parameter | None, given: Tensor) -> Tensor | None:
+def _left(weight: Tensor, bias: Tensor | None, given: Tensor) -> Tensor | None:
     """Gram of what a weight is multiplied by, and of the 1 of its bias; none if both are frozen."""
     has_bias = bias is not None and bias.requires_grad
     if not weight.requires_grad:
