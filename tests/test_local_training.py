@@ -56,7 +56,7 @@ def test_every_optimizer_learns_what_is_bright(name):
     first = train_without_privacy(model, samples, study, 1, entropy=seeded_entropy(b"a"))
     second = train_without_privacy(model, samples, study, 1, entropy=seeded_entropy(b"b"))
     assert first.steps == 15
-    assert second.mean_loss < first.mean_loss < 1.0
+    assert second.mean_loss < 0.9 * first.mean_loss
 
 
 def test_training_repeats_bit_for_bit_and_leaves_the_global_generator_alone():

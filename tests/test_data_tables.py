@@ -1,0 +1,247 @@
+"""Tables at a site: what is read, what is refused and how the refusal reads."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hospitium_client.data.loading import load_records
+from hospitium_client.data.split import split
+from hospitium_common.errors import ConfigError, DataRejected, HospitiumError
+from hospitium_common.study import Study
+from tests.federation_kit import study_of
+
+EVENTS = {
+    "window_hours": 4,
+    "step_hours": 1,
+    "variables": [
+        {"name": "HR", "low": 20, "high": 250},
+        {"name": "Lactate", "low": 0.1, "high": 30, "scale": "log"},
+    ],
+    "statics": [{"name": "Age", "low": 0, "high": 120}],
+}
+
+
+def ehr_study():
+    document = study_of().model_dump(mode="json")
+    document["task"]["kind"] = "ehr_sequence_classification"
+    document["data"] = EVENTS
+    document["model"] = {"name": "gru", "hidden": 4}
+    return Study.model_validate(document)
+
+
+def write(directory: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (directory / name.replace("__", ".")).write_text(text)
+    return directory
+
+
+ROWS = """patient,age,pressure,lactate,label
+a,70,120,2.0,ill
+b,50,,1.5,well
+c,60,110,900,0
+"""
+ROW_MAPPING = 'kind = "table"\nfile = "rows.csv"\n'
+
+
+def test_rows_are_read_and_implausible_values_count_as_missing(tmp_path):
+    directory = write(tmp_path, rows__csv=ROWS, dataset__toml=ROW_MAPPING)
+    records = load_records(directory, study_of())
+    assert records.targets.tolist() == [1, 0, 0]
+    assert records.values[0].tolist() == [70.0, 120.0, 2.0]
+    assert np.isnan(records.values[1, 1])
+    assert np.isnan(records.values[2, 2])
+
+
+BAD_ROWS = {
+    "text in a variable": (
+        ROWS.replace("110", "high"),
+        ROW_MAPPING,
+        "rows.csv, row 4, column 'pressure': expected a finite number or an empty cell",
+    ),
+    "infinity": (ROWS.replace("110", "inf"), ROW_MAPPING, "rows.csv, row 4, column 'pressure'"),
+    "NaN spelled out": (ROWS.replace("110", "NaN"), ROW_MAPPING, "row 4, column 'pressure'"),
+    "an unknown label": (
+        ROWS.replace("ill", "sick"),
+        ROW_MAPPING,
+        "row 2, column 'label': expected one of well, ill or its number",
+    ),
+    "a missing column": (
+        ROWS.replace("lactate", "lactat"),
+        ROW_MAPPING,
+        "expected a column 'lactate', got patient, age, pressure, lactat, label",
+    ),
+    "a patient without a name": (
+        ROWS.replace("\nb,", "\n,"),
+        ROW_MAPPING,
+        "row 3, column 'patient'",
+    ),
+    "no rows at all": (ROWS.splitlines()[0] + "\n", ROW_MAPPING, "at least one usable patient"),
+    "a patient in two splits": (
+        "patient,age,pressure,lactate,label,part\na,1,1,1,0,train\na,1,1,1,0,test\n",
+        ROW_MAPPING + 'split_column = "part"\n',
+        "expected every patient in one split, got one in two (rows 2 and 3",
+    ),
+    "an unknown split": (
+        "patient,age,pressure,lactate,label,part\na,1,1,1,0,train\nb,1,1,1,0,tset\n",
+        ROW_MAPPING + 'split_column = "part"\n',
+        "row 3: expected a split of train, validation, test",
+    ),
+    "no such file": (ROWS, ROW_MAPPING.replace("rows", "raws"), "raws.csv: expected a table"),
+    "a typo in the mapping": (
+        ROWS,
+        ROW_MAPPING + 'lable_column = "label"\n',
+        "dataset.toml: lable_column: unknown key; did you mean 'label_column'?",
+    ),
+    "a mapping of no known kind": (ROWS, 'kind = "rows"\n', "expected kind to be one of"),
+    "data of another kind than the study's": (
+        ROWS,
+        'kind = "image_npz"\nfile = "x.npz"\n',
+        "the study needs table data, this directory holds 'image_npz'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_are_refused_by_file_row_and_column_without_showing_a_value(tmp_path, case):
+    rows, mapping, complaint = BAD_ROWS[case]
+    directory = write(tmp_path, rows__csv=rows, dataset__toml=mapping)
+    with pytest.raises(HospitiumError) as caught:
+        load_records(directory, study_of())
+    assert complaint in str(caught.value)
+    assert isinstance(caught.value, DataRejected | ConfigError)
+    assert not any(value in str(caught.value) for value in ("high,", "sick", "inf,"))
+
+
+def test_markers_for_missing_values_are_named_by_the_site(tmp_path):
+    rows = ROWS.replace("110", "?")
+    directory = write(tmp_path, rows__csv=rows, dataset__toml=ROW_MAPPING + 'missing = ["?"]\n')
+    assert np.isnan(load_records(directory, study_of()).values[2, 1])
+
+
+LABELS = "patient,stay,Age,label\na,a1,70,1\na,a2,71,0\nb,b1,50,0\n"
+LONG = """stay,time,variable,value
+a1,0.5,HR,80
+a1,0.9,HR,90
+a1,2.0,Lactate,3
+a1,4.0,HR,100
+a1,-1,HR,100
+a2,1,HR,999
+b1,3.99,HR,60
+zz,1,HR,60
+"""
+LONG_MAPPING = 'kind = "long"\nevents = "events.csv"\nrecord_column = "stay"\n'
+
+
+def test_events_fall_on_the_grid_and_the_last_of_a_step_stays(tmp_path):
+    directory = write(tmp_path, labels__csv=LABELS, events__csv=LONG, dataset__toml=LONG_MAPPING)
+    records = load_records(directory, ehr_study())
+    nan = np.nan
+    expected = np.array(
+        [
+            [[90, nan], [nan, nan], [nan, 3], [nan, nan]],
+            [[nan, nan]] * 4,  # 999 is implausible
+            [[nan, nan], [nan, nan], [nan, nan], [60, nan]],
+        ],
+        np.float32,
+    )
+    np.testing.assert_array_equal(records.values, expected)
+    assert records.statics.tolist() == [[70], [71], [50]]
+    assert records.patients.tolist() == ["a", "a", "b"]
+    assert records.patient_count == 2
+
+
+def test_wide_tables_give_the_same_grid_as_long_ones(tmp_path):
+    wide = "stay,time,HR,Lactate\na1,0.5,80,\na1,0.9,90,\na1,2.0,,3\nb1,3.99,60,\n"
+    (tmp_path / "long").mkdir()
+    (tmp_path / "wide").mkdir()
+    one = write(tmp_path / "long", labels__csv=LABELS, events__csv=LONG, dataset__toml=LONG_MAPPING)
+    mapping = LONG_MAPPING.replace("long", "wide")
+    two = write(tmp_path / "wide", labels__csv=LABELS, events__csv=wide, dataset__toml=mapping)
+    study = ehr_study()
+    np.testing.assert_array_equal(load_records(one, study).values, load_records(two, study).values)
+
+
+BAD_EVENTS = {
+    "a measurement without a time": ("events", "a1,0.5,", "a1,,", "row 2, column 'time'"),
+    "text as a value": ("events", "HR,80", "HR,fast", "row 2, column 'value'"),
+    "none of the study's variables": ("events", "HR", "Pulse", None),
+    "the same stay twice": ("labels", "b,b1", "b,a1", "row 4: expected every record once"),
+    "a stay without a label": ("labels", "70,1", "70,", "row 2, column 'label'"),
+    "labels of other stays": ("labels", "1,7", "x,7", None),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EVENTS)
+def test_bad_events_are_refused_with_file_row_and_column(tmp_path, case):
+    which, old, new, complaint = BAD_EVENTS[case]
+    labels, events = LABELS, LONG
+    if case == "labels of other stays":
+        labels = labels.replace("a1", "x1").replace("a2", "x2").replace("b1", "x3")
+        complaint = "expected labels for the records of events.csv, got none of them"
+    elif case == "none of the study's variables":
+        events = events.replace("HR", "Pulse").replace("Lactate", "Acid")
+        complaint = "expected measurements of HR, Lactate, got none"
+    elif which == "events":
+        events = events.replace(old, new, 1)
+    else:
+        labels = labels.replace(old, new, 1)
+    directory = write(tmp_path, labels__csv=labels, events__csv=events, dataset__toml=LONG_MAPPING)
+    with pytest.raises(DataRejected) as caught:
+        load_records(directory, ehr_study())
+    assert complaint in str(caught.value)
+
+
+def test_meds_events_count_up_to_the_prediction_time_and_no_further(tmp_path):
+    noon = pd.Timestamp("2020-01-02 12:00")
+    hours = pd.Timedelta(hours=1)
+    events = pd.DataFrame(
+        [
+            (1, noon - 5 * hours, "LAB//HR", 70.0),  # before the window
+            (1, noon - 4 * hours, "LAB//HR", 80.0),  # the window's first moment
+            (1, noon, "LAB//HR", 95.0),  # the moment of prediction: the last step
+            (1, noon + 1 * hours, "LAB//HR", 200.0),  # afterwards: not read
+            (1, pd.NaT, "AGE", 66.0),
+            (2, noon - 1 * hours, "OTHER", 1.0),
+        ],
+        columns=["subject_id", "time", "code", "numeric_value"],
+    )
+    labels = pd.DataFrame(
+        [(1, noon, True), (2, noon, False)],
+        columns=["subject_id", "prediction_time", "boolean_value"],
+    )
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "labels").mkdir()
+    events.to_parquet(tmp_path / "data" / "train" / "0.parquet")
+    labels.to_parquet(tmp_path / "labels" / "0.parquet")
+    write(
+        tmp_path,
+        dataset__toml='kind = "meds"\n[codes]\nHR = "LAB//HR"\nAge = "AGE"\nLactate = "LAC"\n',
+    )
+    records = load_records(tmp_path, ehr_study())
+    np.testing.assert_array_equal(records.values[0, :, 0], [80, np.nan, np.nan, 95])
+    assert np.isnan(records.values[1]).all()
+    assert records.statics[0, 0] == 66
+    assert records.targets.tolist() == [1, 0]
+
+
+def test_the_split_is_by_patient_repeatable_and_unmoved_by_new_patients(tmp_path):
+    people = [f"p{number // 2}" for number in range(400)]
+    lines = [f"{name},50,100,1,0" for name in people]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    head = "patient,age,pressure,lactate,label\n"
+    one = write(tmp_path / "one", rows__csv=head + "\n".join(lines), dataset__toml=ROW_MAPPING)
+    more = [f"new{number},50,100,1,0" for number in range(50)]
+    two = write(
+        tmp_path / "two", rows__csv=head + "\n".join(more + lines), dataset__toml=ROW_MAPPING
+    )
+    study = study_of()
+    first, second = load_records(one, study), load_records(two, study)
+    cut, again = split(first, study), split(second, study)
+    parts = [set(first.patients[index]) for index in (cut.train, cut.validation, cut.test)]
+    assert sum(len(part) for part in parts) == 200 == len(set.union(*parts))
+    assert 20 < len(parts[1]) < 45  # 15 % of 200
+    assert 25 < len(parts[2]) < 57  # 20 % of 200
+    assert parts[2] == {name for name in second.patients[again.test] if name[:3] != "new"}
