@@ -45,7 +45,7 @@ def losses(logits, targets):
 
 
 def moved(samples, private, *, model=None, rate=1.0, entropy=b"e", **options):
-    """Train with plain SGD; return how far the weights went against the gradient, and the totals."""
+    """Train with plain SGD; return how far the weights went, and the totals."""
     model = network() if model is None else model
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
     totals = train_privately(

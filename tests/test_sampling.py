@@ -26,12 +26,8 @@ def test_every_patient_is_drawn_alone_at_the_booked_rate():
     for step in range(steps):
         found = source.draw()
         drawn[step, torch.tensor(patients)[found.records].unique()] = 1
-    for share, hits in [(rate, drawn.sum(0))] + [
-        (
-            rate**2,
-            torch.stack([(drawn[:, a] * drawn[:, b]).sum() for a, b in [(0, 1), (1, 2), (2, 3)]]),
-        )
-    ]:
+    pairs = torch.stack([(drawn[:, a] * drawn[:, b]).sum() for a, b in [(0, 1), (1, 2), (2, 3)]])
+    for share, hits in ((rate, drawn.sum(0)), (rate**2, pairs)):
         low, high = stats.binom.ppf([5e-6, 1 - 5e-6], steps, share)
         assert bool(((hits >= low) & (hits <= high)).all())
 

@@ -54,12 +54,12 @@ def calibrate_noise(
     Raises:
         ConfigError: the budget cannot be met with any reasonable noise.
     """
-    return float(_calibrate(epsilon, delta, sample_rate, steps, _merged(spent)))
+    return _calibrate(epsilon, delta, sample_rate, steps, _merged(spent))
 
 
 def default_delta(patients: int) -> float:
     """Return 1/N^1.1 for N patients."""
-    return 1.0 / max(patients, 2) ** 1.1
+    return math.pow(max(patients, 2), -1.1)
 
 
 def check_delta(delta: float, patients: int) -> None:
@@ -140,7 +140,7 @@ def _epsilon(history: History, delta: float) -> float:
     if any(noise <= 0 for noise, _, _ in history):
         return math.inf
     quick = _renyi(history, delta)
-    return min(quick, _prv(history, delta, error=max(0.01, PRV_ERROR * quick)))
+    return min(quick, _prv(history, delta, error=PRV_ERROR * quick))
 
 
 def _renyi(history: History, delta: float) -> float:
