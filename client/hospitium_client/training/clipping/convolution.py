@@ -1,4 +1,4 @@
-"""Contributions of convolutions: pixels' Gram matrices, or one product per kernel tap.
+"""Contributions of convolutions: pixels' Gram matrices, or written-out gradients.
 
 Which is cheaper depends on how many pixels meet how many channels; both are exact.
 """
@@ -17,6 +17,7 @@ from hospitium_client.training.clipping.contributions import (
     Contribution,
     OuterProducts,
     gram_norms,
+    sum_of,
     without,
 )
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 
 FEW_CHANNELS = 4
-"""Up to here the unfolded image is small, and one product over it beats one per tap."""
+"""Up to here the whole batch unfolded is small, and torch unfolds it fastest."""
+CACHED = 1 << 19
+"""Images are unfolded in parts of about this many numbers, which stay in cache."""
 Pair = tuple[int, int]
 
 
@@ -45,12 +48,12 @@ def convolution(layer: nn.Conv2d, inputs: Tensor, grads: Tensor) -> Contribution
         seen = inputs[:, :, :: layer.stride[0], :: layer.stride[1]]
         if seen.shape[2:] == grads.shape[2:]:  # 1×1 kernels read single pixels
             return _unfolded(layer, seen.flatten(2), grads)
-    if layer.stride != (1, 1) or layer.in_channels <= FEW_CHANNELS:
+    if layer.in_channels <= FEW_CHANNELS:
         columns = functional.unfold(
             inputs, layer.kernel_size, layer.dilation, _padding(layer), layer.stride
         )
         return _unfolded(layer, columns, grads)
-    return Shifted(layer, inputs, grads)
+    return Written(layer, inputs, grads)
 
 
 def _unfolded(layer: nn.Conv2d, columns: Tensor, grads: Tensor) -> OuterProducts:
@@ -137,72 +140,79 @@ class PixelGrams:
         self.inputs, self.grads = without(self.inputs, bad), without(self.grads, bad)
 
 
-class Shifted:
-    """Written-out gradients of a convolution with stride 1, one batched product per kernel tap.
+class Written:
+    """Written-out gradients of a convolution, from images unfolded a few samples at a time.
 
-    In a padded image of width w laid out row by row, moving the kernel by (i, j) is moving the
-    whole image by i·w + j: no copy per tap. Output gradients get the same row length, zeros at
-    the row ends.
+    The unfolded part and the products over it stay in cache; channels come last, so that every
+    kernel tap is one copy of whole rows.
     """
 
     def __init__(self, layer: nn.Conv2d, inputs: Tensor, grads: Tensor) -> None:
         self._layer = layer
-        self._taps: Tensor | None = None
+        self._each: Tensor | None = None
         self._bias = _bias_gradients(layer, grads)
         if layer.weight.requires_grad:
-            self._taps = self._products(inputs, grads)
+            self._each = self._products(inputs, grads)
 
     def _products(self, inputs: Tensor, grads: Tensor) -> Tensor:
-        """Return ``[tap, B, out, in]``."""
-        layer = self._layer
-        (pad_y, pad_x), (step_y, step_x) = _padding(layer), layer.dilation
-        (tall, wide), (rows, columns) = layer.kernel_size, grads.shape[2:]
-        padded = functional.pad(inputs, (pad_x, pad_x, pad_y, pad_y))
-        width = padded.shape[3]
-        length = (rows - 1) * width + columns
-        spread = functional.pad(grads, (0, width - columns)).flatten(2)[:, :, :length]
-        flat = padded.flatten(2).transpose(1, 2)
-        taps = inputs.new_empty(tall * wide, len(inputs), layer.out_channels, layer.in_channels)
-        for tap in range(tall * wide):
-            row, column = divmod(tap, wide)
-            at = row * step_y * width + column * step_x
-            torch.bmm(spread, flat[:, at : at + length], out=taps[tap])
-        return taps
+        """Return ``[B, out, tap · in]``."""
+        layer, batch, (rows, columns) = self._layer, len(inputs), grads.shape[2:]
+        up, left = _padding(layer)
+        (step_y, step_x), (tap_y, tap_x) = layer.stride, layer.dilation
+        padded = functional.pad(inputs, (left, left, up, up)).permute(0, 2, 3, 1)
+        taps, channels = _spread(layer), layer.in_channels
+        part = max(1, min(batch, CACHED // (rows * columns * taps * channels)))
+        unfolded = inputs.new_empty(part, rows, columns, taps, channels)
+        each = inputs.new_empty(batch, layer.out_channels, taps * channels)
+        signals = grads.flatten(2)
+        for begin in range(0, batch, part):
+            images = padded[begin : begin + part]
+            for tap in range(taps):
+                row, column = divmod(tap, layer.kernel_size[1])
+                y = slice(row * tap_y, row * tap_y + (rows - 1) * step_y + 1, step_y)
+                x = slice(column * tap_x, column * tap_x + (columns - 1) * step_x + 1, step_x)
+                unfolded[: len(images), :, :, tap] = images[:, y, x]
+            torch.bmm(
+                signals[begin : begin + part],
+                unfolded[: len(images)].view(len(images), rows * columns, taps * channels),
+                out=each[begin : begin + part],
+            )
+        return each
+
+    def _in_place(self, gradients: Tensor) -> Tensor:
+        """View ``[..., out, tap · in]`` as the weight is laid out."""
+        high, wide = self._layer.kernel_size
+        shape = (-1, self._layer.out_channels, high, wide, self._layer.in_channels)
+        return gradients.view(shape).permute(0, 1, 4, 2, 3)
 
     def squared_norms(self) -> Tensor:
         """Return ``[B]``."""
         parts = []
-        if self._taps is not None:
-            parts.append(torch.linalg.vector_norm(self._taps.flatten(2), dim=2).square().sum(0))
+        if self._each is not None:
+            parts.append(torch.linalg.vector_norm(self._each.flatten(1), dim=1).square())
         if self._bias is not None:
             parts.append(self._bias.square().sum(1))
-        return torch.stack(parts).sum(0)
+        return sum_of(parts)
 
     def weighted_sum(self, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return each parameter with the weighted sum of its gradients."""
         found, layer = [], self._layer
-        if self._taps is not None:
-            total = torch.matmul(factors, self._taps.flatten(2))  # [tap, out · in]
-            high, wide = layer.kernel_size
-            total = total.view(high, wide, layer.out_channels, layer.in_channels)
-            found.append((layer.weight, total.permute(2, 3, 0, 1)))
+        if self._each is not None:
+            found.append((layer.weight, self._in_place(factors @ self._each.flatten(1))[0]))
         if self._bias is not None and layer.bias is not None:
             found.append((layer.bias, factors @ self._bias))
         return found
 
     def one_by_one(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each parameter with its gradients ``[B, ...]``."""
-        layer = self._layer
-        if self._taps is not None:
-            high, wide = layer.kernel_size
-            each = self._taps.view(high, wide, *self._taps.shape[1:]).permute(2, 3, 4, 0, 1)
-            yield layer.weight, each
-        if self._bias is not None and layer.bias is not None:
-            yield layer.bias, self._bias
+        if self._each is not None:
+            yield self._layer.weight, self._in_place(self._each)
+        if self._bias is not None and self._layer.bias is not None:
+            yield self._layer.bias, self._bias
 
     def drop(self, bad: Tensor) -> None:
         """Make the marked samples contribute nothing."""
-        if self._taps is not None:
-            self._taps = without(self._taps, bad, dim=1)
+        if self._each is not None:
+            self._each = without(self._each, bad)
         if self._bias is not None:
             self._bias = without(self._bias, bad)

@@ -25,7 +25,7 @@ class OpacusHooks:
 
     def __init__(self, model: nn.Module) -> None:
         self._twin = GradSampleModule(
-            _with_private_recurrence(copy.deepcopy(model)), loss_reduction="sum"
+            with_private_recurrence(copy.deepcopy(model)), loss_reduction="sum"
         )
         self._by_name = _named(self._twin._module)
 
@@ -78,7 +78,8 @@ def _named(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def _with_private_recurrence(model: nn.Module) -> nn.Module:
+def with_private_recurrence(model: nn.Module) -> nn.Module:
+    """Replace recurrent layers by Opacus's, which work step by step; the weights stay."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.LSTM | nn.GRU):
             kind = DPLSTM if isinstance(layer, nn.LSTM) else DPGRU

@@ -1,0 +1,1 @@
+"""What Hospitium costs, measured against the fastest ordinary way."""
