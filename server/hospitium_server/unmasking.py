@@ -229,27 +229,26 @@ class Unmasking:
         return UnmaskRequest(acks=dict(self._acks))
 
     def on_shares(self, answer: Shares) -> None:
-        """Take one site's shares; each is checked against its dealer's commitment."""
+        """Take one site's shares; one that does not fit its dealer's commitment is not used.
+
+        A single share cannot tell whether dealer or holder is at fault: `finish` blames the
+        dealer of whom too few shares fit.
+        """
         holder = answer.site
         if holder not in self._acks or holder in self._shares:
             raise PeerProtocolError(f"site {holder}: shares unasked for, or twice", holder)
         if set(answer.shares) != set(self._cohort):
             raise PeerProtocolError(f"site {holder}: not one share for each member", holder)
-        wrong = [
-            dealer
+        self._shares[holder] = {
+            dealer: share
             for dealer, share in answer.shares.items()
-            if not self._share_fits(dealer, holder, share)
-        ]
-        if wrong:
-            raise PeerProtocolError(
-                f"site {holder}: its shares of {wrong} are not those that were dealt", holder
-            )
-        self._shares[holder] = dict(answer.shares)
+            if self._share_fits(dealer, holder, share)
+        }
 
     @property
     def has_enough_shares(self) -> bool:
         """Whether the sum can be unmasked."""
-        return len(self._shares) >= self.threshold
+        return all(len(self._holders_of(dealer)) >= self.threshold for dealer in self._cohort)
 
     def finish(self) -> RoundSum:
         """Rebuild the seeds, take the masks away, and return the sum with its transcript.
@@ -258,11 +257,7 @@ class Unmasking:
             PeerProtocolError: too few shares, or a dealer's secret does not fit its commitment.
         """
         self._demand(len(self._shares), self.threshold, "released shares")
-        holders = sorted(self._shares)[: self.threshold]
-        released = {
-            dealer: shamir.combine({h: self._shares[h][dealer] for h in holders})
-            for dealer in self._cohort
-        }
+        released = {dealer: self._rebuild(dealer) for dealer in self._cohort}
         transcript = Transcript(
             task=self._header_of_task(),
             roster_digest=self.roster.digest,
@@ -284,6 +279,19 @@ class Unmasking:
             survivors=self._survivors,
             transcript=replace(transcript, result=result_digest(words, self._tail)),
         )
+
+    def _holders_of(self, dealer: int) -> list[int]:
+        return [holder for holder in sorted(self._shares) if dealer in self._shares[holder]]
+
+    def _rebuild(self, dealer: int) -> bytes:
+        holders = self._holders_of(dealer)[: self.threshold]
+        if len(holders) < self.threshold:
+            raise PeerProtocolError(
+                f"site {dealer}: expected {self.threshold} shares that fit its commitments, got "
+                f"{len(holders)}; leave it out of the next round",
+                dealer,
+            )
+        return shamir.combine({h: self._shares[h][dealer] for h in holders})
 
     def _header_of_task(self) -> Task:
         return replace(self.task, model=b"", public=b"")
