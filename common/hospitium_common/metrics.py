@@ -3,7 +3,7 @@
 A round's *tail* is a row of 64-bit words. Real numbers are fixed point; every word of one site
 stays below 2^55, so the words of 255 sites add up without wrapping.
 
-Scores are binned on the logit scale, ``score_bins`` equal bins over ±8 with open ends: half of them
+Scores are binned on the logit scale, ``score_bins`` equal bins over ±12 with open ends: half of them
 lie below probability 0.5, and scores near 0 and 1 stay apart. AUROC from the bins is off by at
 most half the probability that a random ill and a random healthy record share a bin
 (``hospitium_server.evaluation``).
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
-LARGEST_LOGIT = 8.0
+LARGEST_LOGIT = 12.0
 LOSS_SCALE = 2.0**20
 MOMENT_SCALE = 2.0**48
 LARGEST_WORD = 2**55 - 1
@@ -214,7 +214,7 @@ class TailLayout:
 
     def statistics(self, totals: NDArray[np.uint64]) -> StatisticsSums:
         """Read the totals of a statistics round."""
-        words, classes = totals.astype(np.int64), len(self.study.task.classes)
+        words, classes = totals.view(np.int64), len(self.study.task.classes)
         features = words[1 + classes : 1 + classes + 3 * self.features]
         return StatisticsSums(
             records=int(words[0]),
@@ -224,7 +224,7 @@ class TailLayout:
 
     def training(self, totals: NDArray[np.uint64]) -> TrainingSums:
         """Read the totals of a training round."""
-        words = totals.astype(np.int64)
+        words = totals.view(np.int64)
         moments, rest = np.split(words[4:], [self.tensors])
         return TrainingSums(
             weight=int(words[0]),
@@ -237,7 +237,7 @@ class TailLayout:
 
     def evaluation(self, totals: NDArray[np.uint64]) -> EvaluationTotals:
         """Read the totals of an evaluation round."""
-        words, length = totals.astype(np.int64), self._evaluation_words
+        words, length = totals.view(np.int64), self._evaluation_words
         return EvaluationTotals(
             validation=EvaluationSums.from_words(words[:length], self.study),
             test=EvaluationSums.from_words(words[length : 2 * length], self.study),

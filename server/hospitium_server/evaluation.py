@@ -48,16 +48,15 @@ def figures(sums: EvaluationSums, study: Study) -> Figures:
     areas = [auroc(sums.histogram[c]) for c in columns]
     defined = [area for area in areas if not math.isnan(area)]
     area = float(np.mean(defined)) if defined else math.nan
-    margins = [Z_95 * _hanley_mcneil(areas[c], sums.histogram[c]) for c in columns]
-    margin = _mean(margins)
+    margin = _mean([Z_95 * _hanley_mcneil(areas[c], sums.histogram[c]) for c in columns])
     records = sums.records
     return Figures(
         records=records,
         loss=sums.loss / records if records else math.nan,
         accuracy=_accuracy(sums, study),
         auroc=area,
-        auroc_low=max(0.0, area - margin),
-        auroc_high=min(1.0, area + margin),
+        auroc_low=area if math.isnan(area) else max(0.0, area - margin),
+        auroc_high=area if math.isnan(area) else min(1.0, area + margin),
         auroc_error=max((auroc_binning_error(sums.histogram[c]) for c in columns), default=0.0),
         auprc=_mean([average_precision(sums.histogram[c]) for c in columns]),
         brier=sums.brier / records if records else math.nan,
@@ -145,10 +144,15 @@ def _accuracy(sums: EvaluationSums, study: Study) -> float:
 
 
 def _hanley_mcneil(area: float, histogram: NDArray[np.int64]) -> float:
-    """Standard error of an AUROC (Hanley and McNeil 1982, equation 2)."""
+    """Standard error of an AUROC (Hanley and McNeil 1982, equation 2).
+
+    An area of 0 or 1 is moved by half a pair, so that a perfect score on few records keeps an interval.
+    """
     healthy, ill = (int(count) for count in histogram.sum(axis=0))
     if healthy == 0 or ill == 0:
         return math.nan
+    half_a_pair = 0.5 / (healthy * ill + 1)
+    area = min(max(area, half_a_pair), 1 - half_a_pair)
     two_ill, two_healthy = area / (2 - area), 2 * area**2 / (1 + area)
     variance = (
         area * (1 - area)

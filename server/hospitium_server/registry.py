@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 
 from hospitium_common.durable import write_durably
-from hospitium_common.errors import ConfigError
+from hospitium_common.errors import ConfigError, HospitiumError, LocalProtocolError
 from hospitium_server.aggregation import OptimizerState
 from hospitium_server.evaluation import Figures
 
@@ -113,7 +113,7 @@ class Registry:
 
     def next_attempt(self, round_number: int) -> int:
         """Count an attempt of a round, on disk before it begins."""
-        self._database.execute(
+        self._write(
             "INSERT INTO attempts VALUES (?, 1) ON CONFLICT (round) DO UPDATE SET last = last + 1",
             (round_number,),
         )
@@ -121,7 +121,14 @@ class Registry:
         return int(self._database.execute(query, (round_number,)).fetchone()[0])
 
     def save(self, version: Version) -> None:
-        """Write a version: first its file, then its row."""
+        """Write a version: first its file, then its row. A version that is there stays as it is.
+
+        Raises:
+            LocalProtocolError: this number is taken.
+            HospitiumError: the disk is full; the versions before are untouched.
+        """
+        if self._digest_of(version.number):
+            raise LocalProtocolError(f"expected a new version, {version.number} is there already")
         tensors: dict[str, NDArray[Any]] = {
             "parameters": version.parameters,
             "optimizer.first": version.optimizer.first,
@@ -132,8 +139,8 @@ class Registry:
         metadata = {"study": self._study, "layout": self._layout, "parent": parent}
         data = safetensors.numpy.save(tensors, {**metadata, "version": str(version.number)})
         write_durably(self._file(version.number), data)
-        self._database.execute(
-            "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?, ?)",
+        self._write(
+            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)",
             (
                 version.number, self._study, self._layout, parent,
                 hashlib.sha256(data).hexdigest(), json.dumps(asdict(version.record)),
@@ -142,7 +149,7 @@ class Registry:
 
     def note(self, number: int, validation: Figures) -> None:
         """Note how a version does on validation patients; known one round after it was made."""
-        self._database.execute(
+        self._write(
             "INSERT OR REPLACE INTO figures VALUES (?, ?)",
             (number, json.dumps(asdict(validation))),
         )
@@ -196,6 +203,15 @@ class Registry:
         query = "SELECT number, digest, parent FROM versions ORDER BY number"
         with closing(self._database.execute(query)) as rows:
             return tuple((int(n), str(digest), str(parent)) for n, digest, parent in rows)
+
+    def _write(self, statement: str, values: tuple[object, ...]) -> None:
+        try:
+            self._database.execute(statement, values)
+        except sqlite3.OperationalError as error:
+            raise HospitiumError(
+                f"{self.directory / 'registry.sqlite'}: expected to write to it, got: {error}; what "
+                "was finished is kept. Make room and run it again"
+            ) from error
 
     def _digest_of(self, number: int) -> str:
         query = "SELECT digest FROM versions WHERE number = ?"

@@ -7,6 +7,7 @@ import csv
 import html
 import io
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -125,7 +126,16 @@ def _json(given: ReportInput) -> str:
         "others": {name: asdict(one) for name, one in given.others.items()},
         "rounds": _round_rows(given),
     }
-    return json.dumps(document, indent=2)
+    return json.dumps(_without_nan(document), indent=2, allow_nan=False)
+
+
+def _without_nan(value: object) -> object:
+    """JSON knows no NaN: an undefined figure becomes null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 FIGURE_NAMES = {

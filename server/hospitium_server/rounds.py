@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from hospitium_common.errors import PeerProtocolError
 from hospitium_common.messages import Purpose
 from hospitium_common.normalisation import Normalisation
 from hospitium_common.schedule import STATISTICS_ROUND, protocol_round, secagg_policy
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hospitium_common.metrics import EvaluationSums, EvaluationTotals, TailLayout
+    from hospitium_common.metrics import EvaluationSums, EvaluationTotals, TailLayout, TrainingSums
     from hospitium_common.parameters import Layout
     from hospitium_common.study import Study
 
@@ -126,7 +127,7 @@ class StudyRun:
             )
         )
         sums = self._tail_layout.training(totals.tail)
-        share = study.cohort.weight_cap / sums.weight
+        share = study.cohort.weight_cap / self._plausible_weight(sums, len(totals.survivors))
         mean_update = totals.vector * share
         history = self._registry.history()
         policy = secagg_policy(study, self._tail_layout.length, protocol_round(number))
@@ -158,6 +159,20 @@ class StudyRun:
         self._registry.save(made)
         self._watcher.on_round(record, received)
         return made
+
+    def _plausible_weight(self, sums: TrainingSums, sites: int) -> int:
+        """Return the total weight, if sites that keep to the study can have it.
+
+        Raises:
+            PeerProtocolError: a site must have lied about its weight.
+        """
+        largest = sites * self._study.cohort.weight_cap
+        if not sites <= sums.weight <= largest:
+            raise PeerProtocolError(
+                f"expected a total weight from {sites} to {largest}, got {sums.weight}: a site does "
+                "not keep to the study; the round is not used"
+            )
+        return sums.weight
 
     def _quantiser(self, version: Version, number: int) -> Quantiser:
         """Bounds from the round before; the first training round has the study's bound."""
