@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import chi2
 
 from hospitium_client.protection.masking import Party, accept_pair_offers, mask, pair_offers, ready
 from hospitium_client.protection.site_state import SiteState
@@ -74,4 +73,4 @@ def test_one_masked_vector_of_zeros_is_uniform() -> None:
     counts = np.bincount(np.frombuffer(masked.body, np.uint8), minlength=256)
     expected = 2 * size / 256
     statistic = float(((counts - expected) ** 2 / expected).sum())
-    assert statistic < chi2.isf(1e-6, 255)
+    assert statistic < 377.1  # quantile 1 - 1e-6 at 255 degrees of freedom

@@ -1,6 +1,7 @@
 """Whole rounds of secure aggregation: the exact integer sum, or a blamed refusal."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_a_round_gives_the_exact_sum_over_its_survivors_or_nothing(
     assert set(done.total.survivors) == survivors
     assert done.total.tail.tolist() == [sum(survivors), 100 * sum(survivors)]
     words = [quantise(updates[i], quantiser(), policy, dither(f"dither/1/{i}")) for i in survivors]
-    total = np.asarray(np.sum([one for one, _ in words], axis=0, dtype=words[0][0].dtype))
+    total: Any = np.sum([one for one, _ in words], axis=0, dtype=words[0][0].dtype)
     if bits == 24:
         total &= np.uint32(0xFFFFFF)
     assert np.array_equal(done.total.vector, sum_to_reals(total, quantiser(), policy))
