@@ -160,7 +160,8 @@ class SiteWork:
             weight=weight,
             clipped=0,
             steps=totals.steps,
-            dropped=totals.dropped_non_finite,
+            # A count that depends on single patients: with a promise to them it stays here.
+            dropped=0 if study.is_private else totals.dropped_non_finite,
             second_moments=tuple(
                 float((piece.astype(np.float64) ** 2).sum()) for piece in np.split(scaled, ends)
             ),

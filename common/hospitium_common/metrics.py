@@ -3,8 +3,8 @@
 A round's *tail* is a row of 64-bit words. Real numbers are fixed point; every word of one site
 stays below 2^55, so the words of 255 sites add up without wrapping.
 
-Scores are binned on the logit scale, ``score_bins`` equal bins over ±12 with open ends: half of them
-lie below probability 0.5, and scores near 0 and 1 stay apart. AUROC from the bins is off by at
+Scores are binned on the logit scale, ``score_bins`` equal bins over ±12, open at the ends: half of
+them lie below probability 0.5, and scores near 0 and 1 stay apart. AUROC from the bins is off by at
 most half the probability that a random ill and a random healthy record share a bin
 (``hospitium_server.evaluation``).
 """

@@ -146,7 +146,7 @@ def _accuracy(sums: EvaluationSums, study: Study) -> float:
 def _hanley_mcneil(area: float, histogram: NDArray[np.int64]) -> float:
     """Standard error of an AUROC (Hanley and McNeil 1982, equation 2).
 
-    An area of 0 or 1 is moved by half a pair, so that a perfect score on few records keeps an interval.
+    An area of 0 or 1 is moved by half a pair: a perfect score on few records keeps an interval.
     """
     healthy, ill = (int(count) for count in histogram.sum(axis=0))
     if healthy == 0 or ill == 0:

@@ -209,8 +209,8 @@ class Registry:
             self._database.execute(statement, values)
         except sqlite3.OperationalError as error:
             raise HospitiumError(
-                f"{self.directory / 'registry.sqlite'}: expected to write to it, got: {error}; what "
-                "was finished is kept. Make room and run it again"
+                f"{self.directory / 'registry.sqlite'}: expected to write to it, got: {error}; "
+                "what was finished is kept. Make room and run it again"
             ) from error
 
     def _digest_of(self, number: int) -> str:

@@ -169,8 +169,8 @@ class StudyRun:
         largest = sites * self._study.cohort.weight_cap
         if not sites <= sums.weight <= largest:
             raise PeerProtocolError(
-                f"expected a total weight from {sites} to {largest}, got {sums.weight}: a site does "
-                "not keep to the study; the round is not used"
+                f"expected a total weight from {sites} to {largest}, got {sums.weight}: a site "
+                "does not keep to the study; the round is not used"
             )
         return sums.weight
 
