@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +294,17 @@ def test_the_interval_is_that_of_hanley_and_mcneils_own_example():
     assert shown.auroc == pytest.approx(0.893, abs=5e-4)
     assert (shown.auroc_high - shown.auroc) / 1.96 == pytest.approx(0.032, abs=1e-3)
     assert shown.auroc - shown.auroc_low == pytest.approx(shown.auroc_high - shown.auroc)
+
+
+def test_the_interval_of_few_ill_among_many_healthy_by_hand():
+    # all 10 ill score above 80 of 100 healthy: area 0.8, Q1 = 0.8/1.2, Q2 = 1.28/1.8
+    bins = np.zeros((20, 2), np.int64)
+    bins[[0, 10, 19]] = [80, 0], [0, 10], [20, 0]
+    nothing = EvaluationSums.nothing(TWO)
+    shown = figures(replace(nothing, records=110, histogram=bins[None]), TWO)
+    # (0.16 + 9 (Q1 - 0.64) + 99 (Q2 - 0.64)) / 1000 = (0.16 + 0.24 + 7.04) / 1000
+    assert shown.auroc == pytest.approx(0.8)
+    assert shown.auroc_high - shown.auroc == pytest.approx(1.96 * math.sqrt(0.00744), rel=1e-4)
 
 
 def test_the_interval_covers_the_true_auroc_about_as_often_as_it_says():
