@@ -2,22 +2,17 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from hospitium_client.protection.masking import Party, accept_pair_offers, mask, pair_offers, ready
+from hospitium_client.protection.masking import Party, accept_pair_offers, pair_offers
 from hospitium_client.protection.site_state import SiteState
 from hospitium_common.entropy import system_entropy
 from hospitium_common.errors import ConfigError, LocalProtocolError, PeerProtocolError
-from hospitium_common.messages import PairOffers, Purpose
+from hospitium_common.messages import PairOffers
 from hospitium_common.roster import Roster
-from hospitium_common.secagg.fixed_point import Quantiser
 from hospitium_common.secagg.keys import SiteKeys
-from hospitium_common.secagg.policy import SecAggPolicy
-from hospitium_server.unmasking import Unmasking, signed_task
 from hospitium_simulations.whole_round import enrol
-
-STUDY = bytes(32)
+from tests.secagg_kit import STUDY
 
 
 def test_a_roster_with_a_swapped_key_is_not_signed_and_not_accepted() -> None:
@@ -51,26 +46,18 @@ def test_a_pair_offer_made_by_the_coordinator_is_refused_and_blamed() -> None:
     assert refused.value.blame == 1
 
 
-def test_one_masked_vector_of_zeros_is_uniform() -> None:
-    """Chi-square over 256 byte values; a sound generator fails once in a million runs."""
+def test_a_roster_that_governance_did_not_sign_is_refused():
     federation = enrol(STUDY, range(1, 4))
-    policy = SecAggPolicy(study=STUDY, ring_bits=16, n_max=5, m_min=3, weight_cap=1, tail_len=1)
-    size = 200_000
-    task = signed_task(
-        federation.coordinator, federation.roster, policy, purpose=Purpose.TRAIN, round_number=1,
-        attempt=1, invited=(1, 2, 3), previous_result=bytes(64),
-        quantiser=Quantiser(lengths=(size,), bounds=(1.0,)), model=b"", public=b"",
+    roster = federation.roster
+    with pytest.raises(PeerProtocolError, match="expected 1 governance signatures, got 0"):
+        roster.check([bytes(32)])
+    trusted = roster.signatures[0][0]
+    swapped = dict(roster.sites)
+    swapped[1], swapped[2] = swapped[2], swapped[1]
+    forged = Roster(
+        study=roster.study, epoch=roster.epoch, coordinator=roster.coordinator, sites=swapped,
+        signatures=roster.signatures,
     )  # fmt: skip
-    coordinator = Unmasking(roster=federation.roster, policy=policy, task=task)
-    for i in task.invited:
-        federation.states[i], answer = ready(
-            federation.parties[i], federation.states[i], policy, task, system_entropy
-        )
-        coordinator.on_ready(answer)
-    request = coordinator.close_cohort()[1]
-    zeros, tail = np.zeros(size, np.uint16), np.zeros(1, np.uint64)
-    _, masked = mask(federation.parties[1], federation.states[1], policy, request, zeros, tail)
-    counts = np.bincount(np.frombuffer(masked.body, np.uint8), minlength=256)
-    expected = 2 * size / 256
-    statistic = float(((counts - expected) ** 2 / expected).sum())
-    assert statistic < 377.1  # quantile 1 - 1e-6 at 255 degrees of freedom
+    roster.check([trusted])
+    with pytest.raises(PeerProtocolError):
+        forged.check([trusted])

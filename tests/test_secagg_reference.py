@@ -9,13 +9,18 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from hospitium_client.protection.masking import ready
 from hospitium_common.codec import encode_parts
+from hospitium_common.messages import Purpose
 from hospitium_common.secagg import shamir
-from hospitium_common.secagg.context import seed_commitment, share_commitment
+from hospitium_common.secagg.context import round_context, seed_commitment, share_commitment
 from hospitium_common.secagg.fixed_point import pack_words, unpack_words
 from hospitium_common.secagg.hashing import bitmap, derive, payload_digest, tagged_hash
 from hospitium_common.secagg.masks import Mask, add_masks
 from hospitium_common.secagg.policy import SecAggPolicy
+from hospitium_server.unmasking import signed_task
+from hospitium_simulations.whole_round import enrol
+from tests.secagg_kit import QUANTISER, STUDY, policy_of
 
 DATA = Path(os.environ.get("HOSPITIUM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -76,3 +81,29 @@ def test_words_of_24_bits_are_packed_alike(reference: ModuleType) -> None:
     packed = pack_words(words, 24)
     assert packed == reference.pack(words, 24)
     assert np.array_equal(unpack_words(packed, 24, len(words)), words)
+
+
+def test_contexts_and_ready_heads_agree(reference: ModuleType) -> None:
+    federation, policy = enrol(STUDY, range(1, 5)), policy_of()
+    ours = federation.roster
+    theirs = reference.Roster(
+        STUDY, 1, ours.coordinator, {i: ours.sites[i].parts() for i in ours.sites}
+    )
+    assert ours.digest == theirs.hash
+    pinned = reference.Policy(
+        study=STUDY, ring_bits=16, n_max=12, m_min=3, weight_cap=100, tail_len=3
+    )
+    assert policy.digest == pinned.digest()
+    quant = reference.Quant(tuple(zip(QUANTISER.lengths, QUANTISER.bounds, strict=True)))
+    assert QUANTISER.digest == quant.digest()
+    task = signed_task(
+        federation.coordinator, ours, policy, purpose=Purpose.TRAIN, round_number=3, attempt=2,
+        invited=[1, 2, 4], previous_result=bytes(64), quantiser=QUANTISER, model=b"", public=b"",
+    )  # fmt: skip
+    their_task = reference.Task(3, 2, (1, 2, 4), task.model_digest, bytes(64), quant)
+    context = round_context(task, ours, policy)
+    assert context == their_task.ctx(theirs, pinned)
+    answer = ready(federation.parties[1], federation.states[1], policy, task, federation.entropy)[1]
+    head = answer.head
+    assert reference.verify(ours.sites[1].sign, answer.signature, b"hsa1/ready", *head.parts())
+    assert policy.threshold(10) == pinned.threshold(10) == 7

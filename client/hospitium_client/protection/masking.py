@@ -82,8 +82,8 @@ class Party:
 
 
 def pair_offers(party: Party, state: SiteState, entropy: Entropy) -> tuple[SiteState, PairOffers]:
-    """Make an offer to every site with a higher index; the roots are kept."""
-    roots, offers = dict(state.roots), []
+    """Make an offer to every site with a higher index; the roots of earlier epochs are gone."""
+    roots, offers = dict[int, bytes](), []
     for peer in sorted(party.roster.sites):
         if peer > party.index:
             secret = entropy(f"secagg/pair/{party.roster.epoch}/{party.index}/{peer}")
@@ -96,20 +96,22 @@ def pair_offers(party: Party, state: SiteState, entropy: Entropy) -> tuple[SiteS
 def accept_pair_offers(
     party: Party, state: SiteState, given: PairOffers
 ) -> tuple[SiteState, Paired]:
-    """Take the offers of the sites with lower indices.
+    """Take the offers of the sites with lower indices: of each exactly one.
 
     Raises:
-        PeerProtocolError: an offer is forged, or one is missing.
+        PeerProtocolError: an offer is forged, missing or there twice, or rounds have begun, so
+            that the old roots would come back.
     """
-    if state.roster_digest != party.roster.digest:
+    if state.roster_digest != party.roster.digest or state.ratchet_at > 0:
         raise PeerProtocolError("expected offers after a pair request for this roster", blame=0)
-    roots = dict(state.roots)
+    roots = {peer: root for peer, root in state.roots.items() if peer > party.index}
     for one in given.offers:
         roots[one.sender] = pairing.accept(party.keys, party.roster, party.index, one)
-    missing = set(party.roster.sites) - {party.index} - set(roots)
-    if missing:
+    senders = sorted(one.sender for one in given.offers)
+    lower = [peer for peer in sorted(party.roster.sites) if peer < party.index]
+    if senders != lower:
         raise PeerProtocolError(
-            f"expected a pair offer from every site, got none from {sorted(missing)}", blame=0
+            f"expected one pair offer from each of the sites {lower}, got {senders}", blame=0
         )
     return replace(state, roots=roots), Paired(roster=party.roster.digest)
 
