@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
 
 from hospitium_client.data.images import read_picture
 from hospitium_client.data.loading import load_records
@@ -13,6 +15,7 @@ from hospitium_common.errors import DataRejected
 from hospitium_common.study import Study
 from hospitium_common.study.schema import ImageSchema
 from tests.federation_kit import study_of
+from tests.test_data_tables import all_that_is_said
 
 DATA = Path(os.environ.get("HOSPITIUM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_dicom = pytest.mark.skipif(
@@ -101,6 +104,111 @@ def test_an_archive_of_something_else_is_refused(tmp_path):
     (tmp_path / "dataset.toml").write_text('kind = "image_npz"\nfile = "films.npz"\n')
     with pytest.raises(DataRejected, match="expected images under train_images"):
         load_records(tmp_path, film_study())
+
+
+BAD_ARCHIVES = {
+    "pixels that are no bytes": ({"train_images": np.zeros((2, 16, 16))}, "as uint8"),
+    "a label too few": ({"train_labels": np.array([[0]])}, "as many labels as images"),
+    "a label that is not a number": ({"train_labels": np.array([[0], [np.nan]])}, "one label from"),
+    "a label of no class": ({"train_labels": np.array([[0], [2]])}, "one label from 0 to 1"),
+    "no labels at all": ({"train_labels": None}, "expected an archive with train_images"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARCHIVES)
+def test_an_archive_is_refused_for(tmp_path, case):
+    changed, complaint = BAD_ARCHIVES[case]
+    arrays = {"train_images": np.zeros((2, 16, 16), np.uint8), "train_labels": np.array([[0], [1]])}
+    arrays = {name: a for name, a in (arrays | changed).items() if a is not None}
+    np.savez(tmp_path / "films.npz", **arrays)
+    (tmp_path / "dataset.toml").write_text('kind = "image_npz"\nfile = "films.npz"\n')
+    with pytest.raises(DataRejected, match=complaint):
+        load_records(tmp_path, film_study())
+
+
+def test_a_film_that_no_row_names_is_refused(tmp_path):
+    write_films(tmp_path)
+    (tmp_path / "more").mkdir()
+    Image.new("L", (20, 30), 7).save(tmp_path / "more" / "forgotten.png")
+    with pytest.raises(DataRejected, match=r"forgotten\.png: .* label missing from the CSV"):
+        load_records(tmp_path, film_study())
+
+
+def test_the_same_film_twice_is_refused_with_both_rows(tmp_path):
+    text = (write_films(tmp_path) / "labels.csv").read_text()
+    (tmp_path / "labels.csv").write_text(text + "./1.png,p9,0\n")
+    with pytest.raises(DataRejected, match="rows 3 and 6: expected every image file once"):
+        load_records(tmp_path, film_study())
+
+
+def test_a_copy_of_a_film_under_another_name_is_refused_with_both_rows(tmp_path):
+    text = (write_films(tmp_path) / "labels.csv").read_text()
+    (tmp_path / "copy.png").write_bytes((tmp_path / "2.png").read_bytes())
+    (tmp_path / "labels.csv").write_text(text + "copy.png,p9,0\n")
+    with pytest.raises(DataRejected, match="rows 4 and 6: expected every image once"):
+        load_records(tmp_path, film_study())
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_pixels_that_are_no_numbers_are_refused(tmp_path, odd):
+    pixels = np.ones((16, 16), np.float32)
+    pixels[3, 4] = odd
+    Image.fromarray(pixels).save(tmp_path / "film.tiff")
+    with pytest.raises(DataRejected, match=r"film\.tiff: expected a number in every pixel"):
+        read_picture(tmp_path / "film.tiff", GREY)
+
+
+def dicom(path: Path, pixels, **tags) -> Path:
+    file = Dataset()
+    file.file_meta = FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    file.SOPClassUID = file.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+    file.SOPInstanceUID = file.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    file.PatientName = "Secret^Name"
+    file.Rows, file.Columns = pixels.shape
+    file.BitsAllocated = file.BitsStored = 16
+    file.HighBit, file.PixelRepresentation, file.SamplesPerPixel = 15, 1, 1
+    file.PhotometricInterpretation = "MONOCHROME2"
+    file.PixelData = pixels.astype("<i2").tobytes()
+    for name, value in tags.items():
+        setattr(file, name, value)
+    file.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize("padding", [{"PixelPaddingValue": -2000}, {"PixelPaddingValue": -1000}])
+def test_padding_stays_black_when_dark_and_light_are_exchanged(tmp_path, padding):
+    pixels = np.tile(np.arange(16) * 100, (16, 1))
+    pixels[:, :4] = -2000
+    tags = {**padding, "PhotometricInterpretation": "MONOCHROME1"}
+    if padding["PixelPaddingValue"] == -1000:
+        tags["PixelPaddingRangeLimit"] = -3000
+    picture = read_picture(dicom(tmp_path / "slice.dcm", pixels, **tags), GREY)
+    assert (picture[0, :, :4] == 0).all()
+    np.testing.assert_allclose(picture[0, 0, [4, 15]], [1, 0], atol=0.01)
+
+
+BAD_DICOM = {
+    "a slope of more than one number": {"RescaleSlope": ["1", "2"]},
+    "an intercept without end": {"RescaleIntercept": "inf"},
+    "a padding limit of more than one number": {
+        "PixelPaddingValue": -1,
+        "PixelPaddingRangeLimit": [1, 2],
+    },
+    "nothing but padding": {"PixelPaddingValue": 0},
+    "colours from a palette": {"PhotometricInterpretation": "PALETTE COLOR"},
+    "fewer pixels than it says": {"Rows": 400},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+@pytest.mark.parametrize("case", BAD_DICOM)
+def test_a_dicom_is_refused_without_pydicoms_words_for(tmp_path, case, capfd):
+    path = dicom(tmp_path / "slice.dcm", np.zeros((16, 16)), **BAD_DICOM[case])
+    with pytest.raises(DataRejected, match=r"slice\.dcm: expected ") as caught:
+        read_picture(path, GREY)
+    assert all_that_is_said(caught.value).count("\n") == 1
+    assert capfd.readouterr() == ("", "")
 
 
 @needs_dicom

@@ -22,8 +22,11 @@ F = TypeVar("F", np.float32, np.float64)
 
 SUM_SCALE = 2.0**20
 """Sums are taken over values mapped from their plausible range to 0…1, in steps of 2^-20."""
-FEWEST_VALUES = 20
+FEWEST_PATIENTS = 20
+"""Who has a feature that fewer patients have must not show in its mean."""
 SMALLEST_SPREAD = 1e-3
+LARGEST_SPREAD = 0.5
+"""Of values in 0…1: half of them 0, half of them 1."""
 
 
 def ranges(study: Study) -> NDArray[np.float64]:
@@ -55,17 +58,18 @@ class Normalisation:
 
     @classmethod
     def from_totals(cls, totals: NDArray[np.int64], study: Study) -> Normalisation:
-        """Turn ``[count | sum | sum of squares, feature]`` into means and deviations.
+        """Turn ``[patients | sum of their means | of their mean squares, feature]`` into figures.
 
-        A feature that nearly nobody measured keeps the middle and a quarter of its range, so
-        that a handful of patients does not show.
+        **Guarantees:** every patient has one part in a figure, however often measured, and a
+        feature of fewer than ``FEWEST_PATIENTS`` patients keeps the middle and a quarter of its
+        range, so that a handful of patients does not show. Both figures stay within the range.
         """
         low, high = ranges(study).T
         count = np.maximum(totals[0], 1)
-        mean = totals[1] / SUM_SCALE / count
+        mean = np.clip(totals[1] / SUM_SCALE / count, 0, 1)
         variance = totals[2] / SUM_SCALE / count - mean**2
-        deviation = np.sqrt(np.maximum(variance, SMALLEST_SPREAD**2))
-        few = totals[0] < FEWEST_VALUES
+        deviation = np.sqrt(np.clip(variance, SMALLEST_SPREAD**2, LARGEST_SPREAD**2))
+        few = totals[0] < FEWEST_PATIENTS
         mean, deviation = np.where(few, 0.5, mean), np.where(few, 0.25, deviation)
         return cls(means=low + mean * (high - low), deviations=deviation * (high - low))
 
@@ -91,6 +95,8 @@ class Normalisation:
         means = np.frombuffer(reader.bytes(8 * features))
         deviations = np.frombuffer(reader.bytes(8 * features))
         reader.finish()
-        if not (np.isfinite(means).all() and (deviations > 0).all()):
+        if not (
+            np.isfinite(means).all() and np.isfinite(deviations).all() and deviations.min() > 0
+        ):
             raise PeerProtocolError("expected finite means and positive deviations", blame=0)
         return cls(means=means, deviations=deviations)

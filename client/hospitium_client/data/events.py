@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from hospitium_client.data.records import Records
-from hospitium_client.data.tables import labels, numbers, optional, read_table, texts
+from hospitium_client.data.tables import (
+    labels,
+    moments,
+    numbers,
+    optional,
+    read_table,
+    refuse,
+    refuse_twice,
+    texts,
+)
 from hospitium_common.errors import DataRejected
 
 if TYPE_CHECKING:
@@ -17,157 +27,107 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hospitium_client.data.mapping import LongTable, Meds, WideTable
+    from hospitium_client.data.mapping import LongTable, WideTable
     from hospitium_common.study import Study
     from hospitium_common.study.schema import EventSchema, Variable
 
 HOURS_PER_UNIT = {"hours": 1.0, "minutes": 1 / 60}
-MEDS_EVENTS = ("subject_id", "time", "code", "numeric_value")
-MEDS_LABELS = ("subject_id", "prediction_time", "boolean_value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """One entry per measurement: record number, hours since the window began, variable, value."""
+
+    records: NDArray[np.int64]
+    hours: NDArray[np.float64]
+    variables: NDArray[np.int64]
+    values: NDArray[np.float64]
 
 
 def load_long(directory: Path, mapping: LongTable, study: Study, schema: EventSchema) -> Records:
-    """Load one row per measurement; unknown variables are left out."""
-    path, record_column = (
-        directory / mapping.events,
-        mapping.record_column or mapping.patient_column,
-    )
+    """Load one row per measurement; rows of variables that the study does not use are not read."""
+    stays, path = _Stays.read(directory, mapping, schema), directory / mapping.events
     table = read_table(
         path,
-        [record_column, mapping.time_column, mapping.variable_column, mapping.value_column],
+        [mapping.key_column, mapping.time_column, mapping.variable_column, mapping.value_column],
     )
     names = {mapping.columns.get(v.name, v.name): i for i, v in enumerate(schema.variables)}
-    variable = table[mapping.variable_column].astype(str).map(names).to_numpy(np.float64)
-    known = ~np.isnan(variable)
-    if not known.any():
+    variable = table[mapping.variable_column].astype(str).str.strip().map(names)
+    used = table[variable.notna()]
+    if used.empty:
         wanted = ", ".join(variable.name for variable in schema.variables)
         raise DataRejected(
             f"{path}: expected measurements of {wanted}, got none; map names in dataset.toml "
             "under [columns]"
         )
-    return _assemble(
-        directory,
-        mapping,
-        study,
-        schema,
-        texts(table, record_column, path)[known],
-        _hours(table, mapping, path)[known],
-        variable[known].astype(np.int64),
-        numbers(table, mapping.value_column, path, mapping.missing)[known],
+    found = Measurements(
+        records=stays.positions(texts(used, mapping.key_column, path), path),
+        hours=_hours(table, used, mapping, path, stays),
+        variables=variable.dropna().to_numpy().astype(np.int64),
+        values=numbers(used, mapping.value_column, path, mapping.missing),
     )
+    return _assemble(stays, mapping, study, schema, found, path)
 
 
 def load_wide(directory: Path, mapping: WideTable, study: Study, schema: EventSchema) -> Records:
     """Load one row per record and time, a column for each variable."""
-    path, record_column = (
-        directory / mapping.events,
-        mapping.record_column or mapping.patient_column,
-    )
+    stays, path = _Stays.read(directory, mapping, schema), directory / mapping.events
     columns = [mapping.columns.get(variable.name, variable.name) for variable in schema.variables]
-    table = read_table(path, [record_column, mapping.time_column, *columns])
-    keys, times = texts(table, record_column, path), _hours(table, mapping, path)
-    rows = np.arange(len(table))
+    table = read_table(path, [mapping.key_column, mapping.time_column, *columns])
+    records = stays.positions(texts(table, mapping.key_column, path), path)
     stacked = np.stack([numbers(table, c, path, mapping.missing) for c in columns])
-    return _assemble(
-        directory,
-        mapping,
-        study,
-        schema,
-        np.tile(keys, len(columns)),
-        np.tile(times, len(columns)),
-        np.repeat(np.arange(len(columns)), len(rows)),
-        stacked.ravel(),
+    found = Measurements(
+        records=np.tile(records, len(columns)),
+        hours=np.tile(_hours(table, table, mapping, path, stays), len(columns)),
+        variables=np.repeat(np.arange(len(columns)), len(table)),
+        values=stacked.ravel(),
     )
+    return _assemble(stays, mapping, study, schema, found, path)
 
 
-def load_meds(directory: Path, mapping: Meds, study: Study, schema: EventSchema) -> Records:
-    """Load MEDS events up to each label's prediction time.
+@dataclass(frozen=True, kw_only=True)
+class _Stays:
+    """The table of labels: one row per record, in the order of the record numbers."""
 
-    The window ends at the prediction time. Statics are the last value up to then, or a value
-    without a time.
-    """
-    events = _read_parquet(directory, mapping.events, MEDS_EVENTS)
-    truth = _read_parquet(directory, mapping.labels, MEDS_LABELS)
-    truth = truth.reset_index(drop=True)
-    truth["record"] = np.arange(len(truth))
-    codes = {mapping.codes.get(v.name, v.name): v.name for v in schema.variables + schema.statics}
-    events = events[events["code"].isin(list(codes))]
-    joined = events.merge(truth[["subject_id", "prediction_time", "record"]], on="subject_id")
-    joined = joined[joined["time"].isna() | (joined["time"] <= joined["prediction_time"])]
-    if np.isinf(joined["numeric_value"].to_numpy(np.float64, na_value=np.nan)).any():
-        raise DataRejected(
-            f"{directory / mapping.events}, column 'numeric_value': expected finite numbers, got "
-            "infinity"
-        )
-    joined = joined.sort_values("time", kind="stable", na_position="first")
-    names = joined["code"].map(codes)
-    before = (joined["prediction_time"] - joined["time"]).dt.total_seconds().to_numpy() / 3600
-    at = schema.window_hours - before
-    order = {v.name: i for i, v in enumerate(schema.variables)}
-    variable = names.map(order)
-    dynamic = variable.notna().to_numpy() & ~np.isnan(at)
-    records = joined["record"].to_numpy()
-    values = joined["numeric_value"].to_numpy(np.float64, na_value=np.nan)
-    # A measurement at the very moment of prediction belongs to the last step.
-    at = np.where(at == schema.window_hours, np.nextafter(schema.window_hours, 0), at)
-    grid = _grid(
-        schema, len(truth), records[dynamic], at[dynamic],
-        variable.to_numpy()[dynamic].astype(np.int64), values[dynamic],
-    )  # fmt: skip
-    statics = np.full((len(truth), len(schema.statics)), np.nan, np.float32)
-    for column, static in enumerate(schema.statics):
-        chosen = (names == static.name).to_numpy()
-        statics[records[chosen], column] = values[chosen]
-    return Records(
-        values=grid,
-        statics=_plausible(statics, schema.statics),
-        targets=truth["boolean_value"].astype(bool).to_numpy().astype(np.int64),
-        patients=truth["subject_id"].astype(str).to_numpy(dtype=str),
-        synthetic=mapping.synthetic,
-    )
+    path: Path
+    table: pd.DataFrame
+    names: NDArray[np.str_]
+
+    @classmethod
+    def read(cls, directory: Path, mapping: LongTable | WideTable, schema: EventSchema) -> _Stays:
+        path = directory / mapping.labels
+        needed = [mapping.key_column, mapping.patient_column, mapping.label_column]
+        if mapping.admission_column is not None:
+            needed.append(mapping.admission_column)
+        statics = [mapping.columns.get(static.name, static.name) for static in schema.statics]
+        table = read_table(path, needed + statics)
+        names = texts(table, mapping.key_column, path)
+        keys = pd.DataFrame({"record": names}, index=table.index)
+        refuse_twice(keys, ["record"], path, "every record once")
+        return cls(path=path, table=table, names=names)
+
+    def positions(self, keys: NDArray[np.str_], events: Path) -> NDArray[np.int64]:
+        """Return record numbers; -1 for records that nobody labelled."""
+        found = pd.Index(self.names).get_indexer(pd.Index(keys)).astype(np.int64)
+        if len(keys) and (found < 0).all():
+            raise DataRejected(
+                f"{self.path}: expected labels for the records of {events.name}, got none of them"
+            )
+        return found
 
 
 def _assemble(
-    directory: Path,
-    mapping: LongTable | WideTable,
-    study: Study,
-    schema: EventSchema,
-    keys: NDArray[np.str_],
-    times: NDArray[np.float64],
-    variables: NDArray[np.int64],
-    values: NDArray[np.float64],
-) -> Records:
+    stays: _Stays, mapping: LongTable | WideTable, study: Study, schema: EventSchema,
+    found: Measurements, events: Path,
+) -> Records:  # fmt: skip
     """Put measurements on the grid of the records that the table of labels names."""
-    path, record_column = (
-        directory / mapping.labels,
-        mapping.record_column or mapping.patient_column,
-    )
-    statics = [mapping.columns.get(v.name, v.name) for v in schema.statics]
-    table = read_table(
-        path, [record_column, mapping.patient_column, mapping.label_column, *statics]
-    )
-    names = texts(table, record_column, path)
-    twice = pd.Series(names).duplicated().to_numpy()
-    if twice.any():
-        row = int(np.argmax(twice)) + 2
-        raise DataRejected(f"{path}, row {row}: expected every record once, got one again")
-    position = pd.Series(np.arange(len(names)), index=names)
-    found = position.reindex(keys).to_numpy(np.float64)
-    if np.isnan(found).all() and len(keys):
-        raise DataRejected(
-            f"{path}: expected labels for the records of {mapping.events}, got none of them"
-        )
-    known = ~np.isnan(found)
-    order = np.argsort(times[known], kind="stable")
-    grid = _grid(
-        schema, len(names), found[known][order].astype(np.int64), times[known][order],
-        variables[known][order], values[known][order],
-    )  # fmt: skip
-    still = [numbers(table, column, path, mapping.missing) for column in statics]
-    fixed = np.stack(still, 1) if still else np.zeros((len(names), 0))
+    path, table = stays.path, stays.table
+    names = [mapping.columns.get(static.name, static.name) for static in schema.statics]
+    columns = [numbers(table, name, path, mapping.missing) for name in names]
+    fixed = np.stack(columns, axis=1) if columns else np.zeros((len(table), 0))
     return Records(
-        values=grid,
-        statics=_plausible(fixed.astype(np.float32), schema.statics),
+        values=grid(schema, len(table), found, str(events)),
+        statics=plausible(fixed.astype(np.float32), schema.statics),
         targets=labels(table, mapping.label_column, study.task.classes, path),
         patients=texts(table, mapping.patient_column, path),
         sites=optional(table, mapping.site_column, path),
@@ -176,43 +136,59 @@ def _assemble(
     )
 
 
-def _grid(
-    schema: EventSchema,
-    count: int,
-    records: NDArray[np.int64],
-    hours: NDArray[np.float64],
-    variables: NDArray[np.int64],
-    values: NDArray[np.float64],
-) -> NDArray[np.float32]:
-    """Write measurements, in order of time, into their cells: the last one of a step stays."""
+def grid(schema: EventSchema, count: int, found: Measurements, where: str) -> NDArray[np.float32]:
+    """Write measurements into their cells ``[record, step, variable]``: a step's last one stays.
+
+    Raises:
+        DataRejected: there are records, and not one plausible measurement in any window.
+    """
+    order = np.argsort(found.hours, kind="stable")
+    records, hours = found.records[order], found.hours[order]
+    variables, values = found.variables[order], found.values[order]
     low = np.array([v.low for v in schema.variables])[variables]
     high = np.array([v.high for v in schema.variables])[variables]
-    usable = (values >= low) & (values <= high) & (hours >= 0) & (hours < schema.window_hours)
+    usable = (records >= 0) & (values >= low) & (values <= high)
+    usable &= (hours >= 0) & (hours < schema.window_hours)
+    if count and not usable.any():
+        raise DataRejected(
+            f"{where}: expected measurements within the study's ranges in its window of "
+            f"{schema.window_hours:g} hours, got none for any record; check times and units"
+        )
     steps = (hours[usable] / schema.step_hours).astype(np.int64)
-    grid = np.full((count, schema.steps, len(schema.variables)), np.nan, np.float32)
-    grid[records[usable], np.minimum(steps, schema.steps - 1), variables[usable]] = values[usable]
-    return grid
+    cells = np.full((count, schema.steps, len(schema.variables)), np.nan, np.float32)
+    cells[records[usable], np.minimum(steps, schema.steps - 1), variables[usable]] = values[usable]
+    return cells
 
 
-def _plausible(values: NDArray[np.float32], variables: Sequence[Variable]) -> NDArray[np.float32]:
+def plausible(values: NDArray[np.float32], variables: Sequence[Variable]) -> NDArray[np.float32]:
+    """Return values ``[record, variable]`` with NaN for those outside the study's ranges."""
     low = np.array([v.low for v in variables], np.float32)
     high = np.array([v.high for v in variables], np.float32)
     return np.where((values >= low) & (values <= high), values, np.float32(np.nan))
 
 
-def _hours(table: pd.DataFrame, mapping: LongTable | WideTable, path: Path) -> NDArray[np.float64]:
-    times = numbers(table, mapping.time_column, path) * HOURS_PER_UNIT[mapping.time_unit]
-    if np.isnan(times).any():
-        row = int(np.argmax(np.isnan(times))) + 2
+def _hours(
+    table: pd.DataFrame, used: pd.DataFrame, mapping: LongTable | WideTable, path: Path,
+    stays: _Stays,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Return the hours since the window began of the used rows of a table."""
+    if mapping.time_unit != "timestamp":
+        hours = numbers(used, mapping.time_column, path) * HOURS_PER_UNIT[mapping.time_unit]
+        refuse(used, np.isnan(hours), path, mapping.time_column, "a time")
+        return hours
+    if mapping.admission_column is None:  # any row may be a record's first, used or not
+        times = moments(table, mapping.time_column, path)
+        first = times.groupby(texts(table, mapping.key_column, path)).transform("min")
+        return (times - first).loc[used.index].dt.total_seconds().to_numpy(np.float64) / 3600
+    times = moments(used, mapping.time_column, path)
+    admitted = moments(stays.table, mapping.admission_column, stays.path)
+    if (times.dt.tz is None) != (admitted.dt.tz is None):
         raise DataRejected(
-            f"{path}, row {row}, column {mapping.time_column!r}: expected a time, got a gap"
+            f"{path}, column {mapping.time_column!r}: expected times with an offset from UTC "
+            f"exactly if {mapping.admission_column!r} of {stays.path.name} has one"
         )
-    return times
-
-
-def _read_parquet(directory: Path, pattern: str, columns: Sequence[str]) -> pd.DataFrame:
-    paths = sorted(directory.glob(pattern))
-    if not paths:
-        raise DataRejected(f"{directory / pattern}: expected parquet files, got none")
-    parts = [read_table(path, columns)[list(columns)] for path in paths]
-    return pd.concat(parts, ignore_index=True)
+    start = pd.Series(admitted.array, index=stays.names).reindex(
+        texts(used, mapping.key_column, path)
+    )
+    since = times.reset_index(drop=True) - start.reset_index(drop=True)
+    return since.dt.total_seconds().to_numpy(np.float64) / 3600

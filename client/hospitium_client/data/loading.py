@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hospitium_client.data.events import load_long, load_meds, load_wide
+from hospitium_client.data.events import load_long, load_wide
 from hospitium_client.data.images import load_archive, load_folder
 from hospitium_client.data.mapping import (
     ImageArchive,
@@ -18,8 +18,9 @@ from hospitium_client.data.mapping import (
     WideTable,
     load_mapping,
 )
+from hospitium_client.data.meds import load_meds
 from hospitium_client.data.records import Records, check_records
-from hospitium_client.data.tables import labels, numbers, optional, read_table, texts
+from hospitium_client.data.tables import labels, numbers, optional, read_table, refuse_twice, texts
 from hospitium_common.errors import ConfigError, DataRejected
 from hospitium_common.study.schema import EventSchema, ImageSchema, TableSchema
 
@@ -66,6 +67,7 @@ def _load_rows(directory: Path, mapping: RowTable, study: Study, schema: TableSc
     path = directory / mapping.file
     columns = [mapping.columns.get(column.name, column.name) for column in schema.columns]
     table = read_table(path, [mapping.patient_column, mapping.label_column, *columns])
+    refuse_twice(table, list(table.columns), path, "every row once")
     values = np.stack([numbers(table, c, path, mapping.missing) for c in columns], axis=1)
     for at, (column, name) in enumerate(zip(schema.columns, columns, strict=True)):
         implausible = (values[:, at] < column.low) | (values[:, at] > column.high)
@@ -73,8 +75,8 @@ def _load_rows(directory: Path, mapping: RowTable, study: Study, schema: TableSc
         gaps = np.isnan(values[:, at])
         if schema.missing == "refuse" and gaps.any():
             raise DataRejected(
-                f"{path}, row {int(np.argmax(gaps)) + 2}, column {name!r}: expected a value from "
-                f"{column.low:g} to {column.high:g}, got none"
+                f"{path}, row {table.index[int(np.argmax(gaps))]}, column {name!r}: expected a "
+                f"value from {column.low:g} to {column.high:g}, got none"
             )
     return Records(
         values=values.astype(np.float32),

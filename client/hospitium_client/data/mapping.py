@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tomllib
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hospitium_common.errors import ConfigError
 from hospitium_common.study.reading import validate
@@ -54,45 +54,61 @@ class ImageArchive(_Mapping):
     file: str
 
 
-class LongTable(_Table):
-    """One row per measurement, and a table of labels with one row per record (stay).
+class _Events(_Table):
+    """Measurements at points in time, and a table of labels with one row per record (stay).
 
-    ``record_column`` (default: the patient's) ties the two together.
+    ``record_column`` (default: the patient's) ties the two together. Times count from the start
+    of the window: as hours or minutes, or as timestamps since ``admission_column`` of the labels,
+    or else since the record's first event.
     """
 
-    kind: Literal["long"]
     events: str
     labels: str = "labels.csv"
     record_column: str | None = None
     time_column: str = "time"
-    time_unit: Literal["hours", "minutes"] = "hours"
+    time_unit: Literal["hours", "minutes", "timestamp"] = "hours"
+    admission_column: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def key_column(self) -> str:
+        """The column that says which record a row belongs to."""
+        return self.record_column or self.patient_column
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.admission_column is not None and self.time_unit != "timestamp":
+            raise ValueError('expected time_unit = "timestamp" beside admission_column')
+        return self
+
+
+class LongTable(_Events):
+    """One row per measurement."""
+
+    kind: Literal["long"]
     variable_column: str = "variable"
     value_column: str = "value"
-    columns: dict[str, str] = Field(default_factory=dict)
 
 
-class WideTable(_Table):
-    """One row per record and time with a column for each variable, and a table of labels."""
+class WideTable(_Events):
+    """One row per record and time with a column for each variable."""
 
     kind: Literal["wide"]
-    events: str
-    labels: str = "labels.csv"
-    record_column: str | None = None
-    time_column: str = "time"
-    time_unit: Literal["hours", "minutes"] = "hours"
-    columns: dict[str, str] = Field(default_factory=dict)
 
 
 class Meds(_Mapping):
     """The Medical Event Data Standard: ``subject_id, time, code, numeric_value``.
 
     ``codes`` maps a study's variable to its code. A record is a row of the labels
-    (``subject_id, prediction_time, boolean_value``); only events up to that time are read.
+    (``subject_id, prediction_time, boolean_value``); only events up to that time are read. The
+    labels may carry a column for the site and one for the split.
     """
 
     kind: Literal["meds"]
     events: str = "data/**/*.parquet"
     labels: str = "labels/**/*.parquet"
+    site_column: str | None = None
+    split_column: str | None = None
     codes: dict[str, str] = Field(default_factory=dict)
 
 

@@ -21,27 +21,66 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 
-def feature_sums(records: Records, study: Study) -> NDArray[np.int64]:
-    """Return ``[count | sum | sum of squares, feature]`` for the federated normalisation.
+LARGEST_SCORE = 10.0
+"""Standardised values stay within ±10: one odd value must not rule a gradient."""
 
-    Values are mapped from their public range to 0…1 and summed in steps of 2^-20; images count
-    their pixels' means, so that no word grows with their size.
+
+def feature_sums(records: Records, study: Study) -> NDArray[np.int64]:
+    """Return ``[patients | sum of means | sum of mean squares, feature]`` for the normalisation.
+
+    Values are mapped from their public range to 0…1. Every patient has one part in each column:
+    the mean of all values measured, and the mean of their squares, in steps of 2^-20. Images
+    count their pixels' mean and mean square.
+
+    **Guarantees:** the first row counts patients, and a patient moves each sum by at most 1 (2^20
+    steps), however many records or measurements there are.
     """
     schema = study.data
+    _, owners = np.unique(records.patients, return_inverse=True)
     if isinstance(schema, ImageSchema):
         means = records.values.mean(axis=(2, 3), dtype=np.float64)
-        squares = (records.values.astype(np.float64) ** 2).mean(axis=(2, 3))
-        columns, squared = means, squares
-    else:
-        low, high = ranges(study).T
-        values = _feature_columns(records, schema)
-        columns = (values - low) / (high - low)
-        squared = columns**2
-    count = np.count_nonzero(~np.isnan(columns), axis=0)
-    total = np.nansum(columns, axis=0) * SUM_SCALE
-    total_squares = np.nansum(squared, axis=0) * SUM_SCALE
-    sums: NDArray[np.int64] = np.rint(np.stack([count, total, total_squares])).astype(np.int64)
-    return sums
+        squares = (records.values**2).mean(axis=(2, 3), dtype=np.float64)
+        return _patient_sums(means[:, None], squares[:, None], owners)
+    low, high = ranges(study).T
+    columns = np.split(
+        np.arange(len(low)), [len(low) - records.statics.shape[1]]
+    )  # variables first, then statics
+    parts = []
+    for at, values in zip(columns, _measured(records, schema), strict=True):
+        scaled = np.clip((values - low[at]) / (high[at] - low[at]), 0, 1)
+        parts.append(_patient_sums(scaled, scaled**2, owners))
+    return np.concatenate(parts, axis=1)
+
+
+def _patient_sums(
+    values: NDArray[np.float64], squares: NDArray[np.float64], owners: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Average values ``[record, measurement, feature]`` per patient, then add up the patients."""
+    patients, features = int(owners.max(initial=-1)) + 1, values.shape[2]
+    count, total, total_squares = np.zeros((3, patients, features))
+    np.add.at(count, owners, np.count_nonzero(~np.isnan(values), axis=1))
+    np.add.at(total, owners, np.nansum(values, axis=1))
+    np.add.at(total_squares, owners, np.nansum(squares, axis=1))
+    often = np.maximum(count, 1)
+    sums = np.stack(
+        [
+            np.count_nonzero(count, axis=0),
+            (total / often).sum(axis=0) * SUM_SCALE,
+            (total_squares / often).sum(axis=0) * SUM_SCALE,
+        ]
+    )
+    whole: NDArray[np.int64] = np.rint(sums).astype(np.int64)
+    return whole
+
+
+def _measured(
+    records: Records, schema: EventSchema | TableSchema
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return variables and statics on their scale, each ``[record, measurement, feature]``."""
+    values, statics = records.values.astype(np.float64), records.statics.astype(np.float64)
+    if isinstance(schema, TableSchema):
+        return on_scale(values[:, None], schema.columns), statics[:, None]
+    return on_scale(values, schema.variables), on_scale(statics[:, None], schema.statics)
 
 
 def prepare(records: Records, normalisation: Normalisation, study: Study) -> Samples:
@@ -51,14 +90,15 @@ def prepare(records: Records, normalisation: Normalisation, study: Study) -> Sam
     per variable, the last value carried forward, whether it was measured in this step, and how
     long ago (1 = the whole window, or never); statics ride along with their own flags; the last
     feature marks real steps. Table rows keep a flag per column if the study asks for it.
+    Standardised values are clipped to ±10.
     """
     schema = study.data
     if isinstance(schema, ImageSchema):
-        inputs = normalisation.apply(records.values, axis=1)
+        inputs = _clipped(normalisation.apply(records.values, axis=1))
     elif isinstance(schema, EventSchema):
         inputs = _events(records, normalisation, schema)
     else:
-        scaled = normalisation.apply(on_scale(records.values, schema.columns), axis=1)
+        scaled = _clipped(normalisation.apply(on_scale(records.values, schema.columns), axis=1))
         measured = ~np.isnan(scaled)
         inputs = np.nan_to_num(scaled, nan=0.0)
         if schema.missing == "mask":
@@ -71,17 +111,8 @@ def prepare(records: Records, normalisation: Normalisation, study: Study) -> Sam
     )
 
 
-def _feature_columns(records: Records, schema: EventSchema | TableSchema) -> NDArray[np.float64]:
-    """Stack every measurement and every static into ``[row, feature]``, NaN in between."""
-    if isinstance(schema, TableSchema):
-        return on_scale(records.values.astype(np.float64), schema.columns)
-    rows = records.values.reshape(-1, records.values.shape[2]).astype(np.float64)
-    variables = on_scale(rows, schema.variables)
-    if records.statics.shape[1] == 0:
-        return variables
-    statics = np.full((len(variables), records.statics.shape[1]), np.nan)
-    statics[: len(records)] = on_scale(records.statics, schema.statics)
-    return np.concatenate([variables, statics], axis=1)
+def _clipped(values: Floats) -> Floats:
+    return np.clip(values, -LARGEST_SCORE, LARGEST_SCORE)
 
 
 def carried_forward(values: Floats) -> tuple[Floats, Floats]:
@@ -97,14 +128,15 @@ def _events(records: Records, normalisation: Normalisation, schema: EventSchema)
     count, steps, variables = records.values.shape
     values = on_scale(records.values, schema.variables)
     scaled = (values - normalisation.means[:variables]) / normalisation.deviations[:variables]
-    filled, since = carried_forward(scaled.astype(np.float32))
+    filled, since = carried_forward(_clipped(scaled.astype(np.float32)))
     features = np.zeros((count, steps, schema.features), np.float32)
     features[..., :variables] = np.nan_to_num(filled, nan=0.0)
     features[..., variables : 2 * variables] = ~np.isnan(records.values)
     features[..., 2 * variables : 3 * variables] = np.where(since < 0, 1.0, since / steps)
     statics = records.statics.shape[1]
     known = on_scale(records.statics, schema.statics)
-    fixed = (known - normalisation.means[variables:]) / normalisation.deviations[variables:]
+    scaled = (known - normalisation.means[variables:]) / normalisation.deviations[variables:]
+    fixed = _clipped(scaled.astype(np.float32))
     at = 3 * variables
     features[..., at : at + statics] = np.nan_to_num(fixed, nan=0.0)[:, None]
     features[..., at + statics : at + 2 * statics] = ~np.isnan(fixed)[:, None]
