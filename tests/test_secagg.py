@@ -13,7 +13,9 @@ from hospitium_client.protection.site_state import SiteState
 from hospitium_common.entropy import seeded_entropy
 from hospitium_common.errors import LocalProtocolError, PeerProtocolError
 from hospitium_common.messages import Purpose, decode
+from hospitium_common.secagg.context import survivors_digest
 from hospitium_common.secagg.fixed_point import Quantiser, quantise, sum_to_reals
+from hospitium_common.secagg.hashing import Label, payload_digest, sign
 from hospitium_common.secagg.transcript import Transcript, audit, check_inclusion
 from hospitium_server.unmasking import Unmasking, signed_task
 from hospitium_simulations.whole_round import FinishedRound, Silence, enrol, pair, run_round
@@ -292,8 +294,36 @@ def test_an_auditor_notices_another_result_and_a_missing_vector():
         audit(transcript, roster, policy, vectors[1:])
     with pytest.raises(PeerProtocolError, match="another vector was signed"):
         audit(transcript, roster, policy, [replace(vectors[0], tail=bytes(24)), *vectors[1:]])
+    with pytest.raises(PeerProtocolError, match="expected 3 confirmations, got 2"):
+        fewer = {site: transcript.acks[site] for site in (1, 2)}
+        audit(replace(transcript, acks=fewer), roster, policy, vectors)
+    with pytest.raises(PeerProtocolError, match="not the one it signed"):
+        answer = replace(transcript.ready[2], table=bytes(len(transcript.ready[2].table)))
+        altered = {**transcript.ready, 2: answer}
+        audit(replace(transcript, ready=altered), roster, policy, vectors)
     with pytest.raises(PeerProtocolError, match="not in the announced sum"):
         check_inclusion(transcript, roster, policy, 1, bytes(64))
+
+
+def test_a_signed_tail_of_a_wrong_length_is_blamed_by_the_auditor():
+    """A site and the coordinator collude: everything is signed, but nothing adds up."""
+    federation, policy, sites = enrol(STUDY, range(1, 4)), policy_of(), range(1, 4)
+    done = run_round(
+        federation, policy, QUANTISER, updates_for(sites), tails_for(sites), round_number=1
+    )
+    transcript, keys = done.total.transcript, {i: federation.parties[i].keys.sign for i in sites}
+    odd = replace(done.masked[2], tail=bytes(23))
+    digest = payload_digest(Label.PAYLOAD, odd.body, odd.tail)
+    signature = sign(keys[2], Label.MASKED, odd.context, odd.cohort, 2, digest)
+    digests = {**transcript.digests, 2: (digest, signature)}
+    root = survivors_digest(odd.context, odd.cohort, {i: d for i, (d, _) in digests.items()})
+    acks = {i: sign(keys[i], Label.ACK, root) for i in sites}
+    with pytest.raises(PeerProtocolError, match="tail has a wrong length") as refused:
+        audit(
+            replace(transcript, digests=digests, acks=acks), federation.roster, policy,
+            [done.masked[1], odd, done.masked[3]],
+        )  # fmt: skip
+    assert refused.value.blame == 2
 
 
 @settings(max_examples=300, deadline=None)

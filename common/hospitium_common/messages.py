@@ -6,7 +6,7 @@ round are those of HSA-1 (`secagg/README.md`); pair offers are relayed once per 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, Self
@@ -266,6 +266,17 @@ class Ready(Message):
             seed_commitments=_read_table(reader.part(), 16),
             share_commitments=_read_table(reader.part(), 32),
             sealed_shares=_read_table(reader.part()),
+        )
+
+    def is_whole(self, invited: Collection[int]) -> bool:
+        """Whether the body is the one in the head, and names every invited site."""
+        tables = (self.seed_commitments, self.share_commitments, self.sealed_shares)
+        others = set(invited) - {self.head.site}
+        return (
+            self.head.body_digest == self.body_digest(self.table, *tables)
+            and len(self.table) == 32 * len(others)
+            and set(self.sealed_shares) == set(self.seed_commitments) == others
+            and set(self.share_commitments) == set(invited)
         )
 
     @staticmethod

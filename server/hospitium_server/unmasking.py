@@ -115,21 +115,14 @@ class Unmasking:
             raise LocalProtocolError("got READY after the cohort was closed")
         if site not in invited or site in self._ready:
             raise PeerProtocolError(f"site {site}: not invited, or READY twice", site)
-        tables = (answer.seed_commitments, answer.share_commitments, answer.sealed_shares)
-        if (
-            answer.head.context != self.context
-            or answer.head.body_digest != Ready.body_digest(answer.table, *tables)
-            or not self._signed(site, answer.signature, Label.READY, *answer.head.parts())
+        if answer.head.context != self.context or not self._signed(
+            site, answer.signature, Label.READY, *answer.head.parts()
         ):
             raise PeerProtocolError(f"site {site}: its READY is not signed for this round", site)
-        others = set(invited) - {site}
-        if (
-            len(answer.table) != 32 * len(others)
-            or set(answer.sealed_shares) != others
-            or set(answer.seed_commitments) != others
-            or set(answer.share_commitments) != set(invited)
-        ):
-            raise PeerProtocolError(f"site {site}: its READY does not name every site", site)
+        if not answer.is_whole(invited):
+            raise PeerProtocolError(
+                f"site {site}: its READY is not what it signed, or does not name every site", site
+            )
         self._ready[site] = answer
 
     def close_cohort(self) -> dict[int, MaskRequest]:

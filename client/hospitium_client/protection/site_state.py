@@ -85,7 +85,15 @@ class SiteState:
                 phase=Phase(fields["phase"]),
                 held=None if held is None else _held(held),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise LocalProtocolError(
                 "expected the state of a site, got something else; this site must pair again"
             ) from error

@@ -96,10 +96,13 @@ class Transcript:
         heads = [one for one in ready if isinstance(one, Ready)]
         if not isinstance(task, Task) or len(heads) != len(ready):
             raise PeerProtocolError("expected a transcript, got other messages")
-        return cls(
+        transcript = cls(
             task=task, roster_digest=roster_digest, ready={r.head.site: r for r in heads},
             digests=digests, acks=acks, released=released, result=result,
         )  # fmt: skip
+        if transcript.encode() != data:
+            raise PeerProtocolError("expected a transcript in its one form, got another order")
+        return transcript
 
 
 def check_inclusion(
@@ -110,15 +113,9 @@ def check_inclusion(
     Raises:
         PeerProtocolError: it was not, or the transcript contradicts itself.
     """
-    context, _, confirmed = _check_signatures(transcript, roster, policy)
+    _check_signatures(transcript, roster, policy)
     if transcript.digests.get(site, (b"",))[0] != digest:
         raise PeerProtocolError(f"site {site}: its vector is not in the announced sum", blame=0)
-    threshold = policy.threshold(len(transcript.task.invited))
-    if confirmed < threshold:
-        raise PeerProtocolError(
-            f"expected {threshold} confirmations in context {context.hex()[:12]}, got {confirmed}",
-            blame=0,
-        )
 
 
 def audit(
@@ -129,7 +126,7 @@ def audit(
     Raises:
         PeerProtocolError: the announced result is not that sum, or something is not signed.
     """
-    _, cohort, _ = _check_signatures(transcript, roster, policy)
+    cohort = _check_signatures(transcript, roster, policy)
     words: NDArray[Any] | None = None
     tail = np.zeros(policy.tail_len, np.uint64)
     seen = set()
@@ -138,6 +135,8 @@ def audit(
             Label.PAYLOAD, one.body, one.tail
         ):
             raise PeerProtocolError(f"site {one.site}: another vector was signed", blame=0)
+        if len(one.tail) != tail.nbytes:
+            raise PeerProtocolError(f"site {one.site}: its tail has a wrong length", one.site)
         vector = unpack_words(one.body, policy.ring_bits, transcript.task.quantiser.size)
         words = vector if words is None else np.add(words, vector)
         tail = tail + np.frombuffer(one.tail, np.uint64)
@@ -204,21 +203,23 @@ def _rows(reader: Reader) -> list[bytes]:
     return rows
 
 
-def _check_signatures(
-    transcript: Transcript, roster: Roster, policy: SecAggPolicy
-) -> tuple[bytes, bytes, int]:
-    """Return context, cohort digest and how many survivors confirmed, all signatures checked."""
+def _check_signatures(transcript: Transcript, roster: Roster, policy: SecAggPolicy) -> bytes:
+    """Check everything that is signed, and that enough survivors confirmed; return the cohort."""
     task = transcript.task
     context = round_context(task, roster, policy)
     if transcript.roster_digest != roster.digest or not is_signed_by(
         roster.coordinator, task.signature, Label.TASK, context
     ):
         raise PeerProtocolError("the transcript is not of a task for this roster and study", 0)
+    if not set(transcript.ready) <= set(task.invited) <= set(roster.sites):
+        raise PeerProtocolError("expected a cohort of invited, enrolled sites, got others", 0)
     for site, answer in transcript.ready.items():
-        if site not in roster.sites or not is_signed_by(
+        if not is_signed_by(
             roster.sites[site].sign, answer.signature, Label.READY, *answer.head.parts()
         ):
             raise PeerProtocolError(f"site {site}: its READY head is not signed by it", 0)
+        if answer.head.context != context or not answer.is_whole(task.invited):
+            raise PeerProtocolError(f"site {site}: its READY is not the one it signed", 0)
     cohort = cohort_digest(context, [answer.head for answer in transcript.ready.values()])
     for site, (digest, signature) in transcript.digests.items():
         if site not in transcript.ready or not is_signed_by(
@@ -231,4 +232,7 @@ def _check_signatures(
         site in digests and is_signed_by(roster.sites[site].sign, signature, Label.ACK, root)
         for site, signature in transcript.acks.items()
     )
-    return context, cohort, confirmed
+    threshold = policy.threshold(len(task.invited))
+    if confirmed < threshold:
+        raise PeerProtocolError(f"expected {threshold} confirmations, got {confirmed}", blame=0)
+    return cohort
