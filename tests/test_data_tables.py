@@ -281,37 +281,215 @@ def test_bad_events_are_refused_with_file_row_and_column(tmp_path, case):
     assert complaint in str(caught.value)
 
 
-def test_meds_events_count_up_to_the_prediction_time_and_no_further(tmp_path):
-    noon = pd.Timestamp("2020-01-02 12:00")
-    hours = pd.Timedelta(hours=1)
-    events = pd.DataFrame(
-        [
-            (1, noon - 5 * hours, "LAB//HR", 70.0),  # before the window
-            (1, noon - 4 * hours, "LAB//HR", 80.0),  # the window's first moment
-            (1, noon, "LAB//HR", 95.0),  # the moment of prediction: the last step
-            (1, noon + 1 * hours, "LAB//HR", 200.0),  # afterwards: not read
-            (1, pd.NaT, "AGE", 66.0),
-            (2, noon - 1 * hours, "OTHER", 1.0),
-        ],
-        columns=["subject_id", "time", "code", "numeric_value"],
-    )
-    labels = pd.DataFrame(
-        [(1, noon, True), (2, noon, False)],
-        columns=["subject_id", "prediction_time", "boolean_value"],
-    )
-    (tmp_path / "data" / "train").mkdir(parents=True)
-    (tmp_path / "labels").mkdir()
-    events.to_parquet(tmp_path / "data" / "train" / "0.parquet")
-    labels.to_parquet(tmp_path / "labels" / "0.parquet")
-    write(
+def test_rows_of_other_variables_are_not_read_and_row_numbers_stay(tmp_path):
+    unread = "a1,soon,Note,patient sleeps\n,,Note,\n"
+    directory = write(
         tmp_path,
-        dataset__toml='kind = "meds"\n[codes]\nHR = "LAB//HR"\nAge = "AGE"\nLactate = "LAC"\n',
+        labels__csv=LABELS,
+        events__csv=LONG.replace("a1,0.5", unread + "a1,0.5"),
+        dataset__toml=LONG_MAPPING,
     )
-    records = load_records(tmp_path, ehr_study())
+    assert load_records(directory, ehr_study()).values[0, 0, 0] == 90
+    (directory / "events.csv").write_text(
+        LONG.replace("a1,0.5", unread + "a1,0.5").replace("HR,90", "HR,ninety")
+    )
+    with pytest.raises(DataRejected, match=r"events\.csv, row 5, column 'value'"):
+        load_records(directory, ehr_study())
+
+
+@pytest.mark.parametrize("kind", ["long", "wide"])
+def test_events_that_all_miss_the_window_are_refused(tmp_path, kind):
+    events = {
+        "long": "stay,time,variable,value\na1,30,HR,80\nb1,-2,HR,80\na2,1,HR,9999\n",
+        "wide": "stay,time,HR,Lactate\na1,30,80,1\nb1,-2,80,2\na2,1,,\n",
+    }
+    directory = write(
+        tmp_path,
+        labels__csv=LABELS,
+        events__csv=events[kind],
+        dataset__toml=LONG_MAPPING.replace("long", kind),
+    )
+    with pytest.raises(DataRejected, match="in its window of 4 hours, got none for any record"):
+        load_records(directory, ehr_study())
+
+
+STAMPED = """stay,time,variable,value
+a1,2026-03-01 23:30,Note,
+a1,2026-03-02T00:00:00,HR,80
+a1,2026-03-02 02:15,Lactate,3
+a1,2026-03-02 03:30,HR,200
+b1,2026-03-05 10:00,HR,60
+"""
+ADMITTED = (
+    "patient,stay,Age,label,in\n"
+    "a,a1,70,1,2026-03-01 23:00\na,a2,71,0,2026-04-01 00:00\nb,b1,50,0,2026-03-05 09:00\n"
+)
+STAMP_MAPPING = LONG_MAPPING + 'time_unit = "timestamp"\n'
+
+
+def test_timestamps_count_from_the_records_first_event(tmp_path):
+    directory = write(
+        tmp_path, labels__csv=LABELS, events__csv=STAMPED, dataset__toml=STAMP_MAPPING
+    )
+    values = load_records(directory, ehr_study()).values
+    assert values[0, 0, 0] == 80  # half an hour after the note, the first event
+    assert values[0, 2, 1] == 3
+    assert np.isnan(values[0, :, 0]).sum() == 3  # 03:30 is four hours after the first event
+    assert values[2, 0, 0] == 60
+
+
+def test_timestamps_count_from_admission_where_the_labels_say_when_that_was(tmp_path):
+    mapping = STAMP_MAPPING + 'admission_column = "in"\n'
+    directory = write(tmp_path, labels__csv=ADMITTED, events__csv=STAMPED, dataset__toml=mapping)
+    values = load_records(directory, ehr_study()).values
+    assert values[0, 1, 0] == 80
+    assert values[0, 3, 1] == 3
+    assert values[2, 1, 0] == 60
+    assert np.isnan(values[1]).all()
+
+
+def test_timestamps_with_offsets_give_the_same_grid(tmp_path):
+    mapping = STAMP_MAPPING + 'admission_column = "in"\n'
+    grids = []
+    for name, events, admitted in (
+        ("plain", STAMPED, ADMITTED),
+        (
+            "offset",
+            STAMPED.replace(":00:00", ":00").replace("02T", "02 ").replace(",HR", "+01:00,HR")
+            .replace(",Lac", "+01:00,Lac").replace(",Note", "Z,Note"),
+            ADMITTED.replace(":00\n", ":00+01:00\n"),
+        ),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, labels__csv=admitted, events__csv=events, dataset__toml=mapping)
+        grids.append(load_records(tmp_path / name, ehr_study()).values)
+    np.testing.assert_array_equal(*grids)
+
+
+BAD_STAMPS = {
+    "a day before its month": ("2026-03-02 02:15", "02.03.2026 02:15", "events.csv, row 4"),
+    "a day without a time": ("2026-03-02 02:15", "2026-03-02", "events.csv, row 4"),
+    "the 31st of a short month": ("2026-03-02 02:15", "2026-02-31 02:15", "events.csv, row 4"),
+    "an offset in one row only": ("2026-03-02 02:15", "2026-03-02 02:15Z", "events.csv, row 2"),
+    "no admission": ("2026-03-05 09:00", "", "labels.csv, row 4, column 'in': expected a date"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STAMPS)
+def test_a_timestamp_is_refused_that_is(tmp_path, case):
+    old, new, complaint = BAD_STAMPS[case]
+    mapping = STAMP_MAPPING + 'admission_column = "in"\n'
+    write(tmp_path, labels__csv=ADMITTED.replace(old, new), dataset__toml=mapping)
+    write(tmp_path, events__csv=STAMPED.replace("Note", "HR").replace(old, new))
+    with pytest.raises(DataRejected) as caught:
+        load_records(tmp_path, ehr_study())
+    assert complaint in str(caught.value)
+    assert "2026-0" not in str(caught.value).replace("2026-03-01 14:30", "")
+
+
+def test_admission_needs_timestamps(tmp_path):
+    write(tmp_path, dataset__toml=LONG_MAPPING + 'admission_column = "in"\n')
+    with pytest.raises(ConfigError, match="timestamp"):
+        load_records(tmp_path, ehr_study())
+
+
+NOON, HOURS = pd.Timestamp("2020-01-02 12:00"), pd.Timedelta(hours=1)
+CODES = 'kind = "meds"\n[codes]\nHR = "LAB//HR"\nAge = "AGE"\nLactate = "LAC"\n'
+
+
+def write_meds(directory: Path, events: list, labels: pd.DataFrame, mapping: str = CODES) -> Path:
+    (directory / "data" / "train").mkdir(parents=True)
+    (directory / "labels").mkdir()
+    columns = ["subject_id", "time", "code", "numeric_value"]
+    table = pd.DataFrame(events, columns=columns)
+    table.to_parquet(directory / "data" / "train" / "0.parquet")
+    labels.to_parquet(directory / "labels" / "0.parquet")
+    return write(directory, dataset__toml=mapping)
+
+
+def meds_labels(truth=(True, False), subjects=(1, 2), **more) -> pd.DataFrame:
+    table = {"subject_id": subjects, "prediction_time": NOON, "boolean_value": truth, **more}
+    return pd.DataFrame(table)
+
+
+def test_meds_events_count_up_to_the_prediction_time_and_no_further(tmp_path):
+    events = [
+        (1, NOON - 5 * HOURS, "LAB//HR", 70.0),  # before the window
+        (1, NOON - 4 * HOURS, "LAB//HR", 80.0),  # the window's first moment
+        (1, NOON, "LAB//HR", 95.0),  # the moment of prediction: the last step
+        (1, NOON + 1 * HOURS, "LAB//HR", 200.0),  # afterwards: not read
+        (1, pd.NaT, "AGE", 66.0),
+        (2, NOON - 1 * HOURS, "OTHER", 1.0),
+    ]
+    records = load_records(write_meds(tmp_path, events, meds_labels()), ehr_study())
     np.testing.assert_array_equal(records.values[0, :, 0], [80, np.nan, np.nan, 95])
     assert np.isnan(records.values[1]).all()
     assert records.statics[0, 0] == 66
     assert records.targets.tolist() == [1, 0]
+
+
+def test_meds_labels_may_name_site_and_split(tmp_path):
+    labels = meds_labels(ward=["north", "south"], part=["train", "test"])
+    mapping = CODES.replace("[codes]", 'site_column = "ward"\nsplit_column = "part"\n[codes]')
+    events = [(1, NOON - HOURS, "LAB//HR", 70.0)]
+    records = load_records(write_meds(tmp_path, events, labels, mapping), ehr_study())
+    assert records.sites.tolist() == ["north", "south"]
+    assert records.split.tolist() == ["train", "test"]
+
+
+GOOD_EVENT = (1, NOON - HOURS, "LAB//HR", 70.0)
+BAD_MEDS = {
+    "a label that is null": ([GOOD_EVENT], meds_labels((True, None)), "row 2, column 'boolean_"),
+    "a label that is text": ([GOOD_EVENT], meds_labels(("no", "no")), "row 1, column 'boolean_"),
+    "a label without a subject": (
+        [GOOD_EVENT],
+        meds_labels(subjects=(1, None)),
+        "row 2, column 'subject_id'",
+    ),
+    "two labels for one moment": (
+        [GOOD_EVENT],
+        meds_labels(subjects=(1, 1)),
+        "one label per subject and prediction time",
+    ),
+    "a label without a time": (
+        [GOOD_EVENT],
+        meds_labels(prediction_time=[NOON, pd.NaT]),
+        "row 2, column 'prediction_time'",
+    ),
+    "an event without a subject": (
+        [GOOD_EVENT, (None, NOON, "LAB//HR", 70.0)],
+        meds_labels(),
+        "row 2, column 'subject_id'",
+    ),
+    "an infinite value": (
+        [GOOD_EVENT, (1, NOON, "LAB//HR", np.inf)],
+        meds_labels(),
+        "row 2, column 'numeric_value'",
+    ),
+    "events after the prediction only": (
+        [(1, NOON + HOURS, "LAB//HR", 70.0)],
+        meds_labels(),
+        "in its window of 4 hours, got none for any record",
+    ),
+    "events of other subjects only": (
+        [(9, NOON - HOURS, "LAB//HR", 70.0)],
+        meds_labels(),
+        "in its window of 4 hours, got none for any record",
+    ),
+    "codes that the study does not use": (
+        [(1, NOON - HOURS, "OTHER", 70.0)],
+        meds_labels(),
+        "expected events with the study's codes, got none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MEDS)
+def test_meds_are_refused_for(tmp_path, case):
+    events, truth, complaint = BAD_MEDS[case]
+    with pytest.raises(DataRejected) as caught:
+        load_records(write_meds(tmp_path, events, truth), ehr_study())
+    assert complaint in str(caught.value)
 
 
 def test_the_split_is_by_patient_repeatable_and_unmoved_by_new_patients(tmp_path):
