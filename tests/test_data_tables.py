@@ -110,7 +110,7 @@ BAD_ROWS = {
     "a patient in two splits": (
         "patient,age,pressure,lactate,label,part\na,1,1,1,0,train\na,1,1,1,0,test\n",
         ROW_MAPPING + 'split_column = "part"\n',
-        "expected every patient in one split, got one in two (rows 2 and 3",
+        "split: expected every patient in one, got one in two (rows 2 and 3",
     ),
     "an unknown split": (
         "patient,age,pressure,lactate,label,part\na,1,1,1,0,train\nb,1,1,1,0,tset\n",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from hospitium_client.data.records import refuse_divided_patients
 from hospitium_common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class Partition:
         try:
             if kind in ("site", "iid") and not alpha:
                 return cls(kind=kind)  # type: ignore[arg-type]  # checked in the line above
-            if kind in ("dirichlet", "quantity") and float(alpha or 0.5) > 0:
+            if kind in ("dirichlet", "quantity") and 0 < float(alpha or 0.5) < math.inf:
                 return cls(kind=kind, alpha=float(alpha or 0.5))  # type: ignore[arg-type]  # checked in the line above
         except ValueError:
             pass
@@ -60,6 +62,7 @@ def cut(records: Records, partition: Partition, sites: int, seed: int) -> dict[s
 
     Raises:
         ConfigError: the data names no sites, or a hospital would get nobody.
+        DataRejected: the data has a patient at two sites.
     """
     if partition.kind == "site":
         if records.sites is None:
@@ -73,6 +76,7 @@ def cut(records: Records, partition: Partition, sites: int, seed: int) -> dict[s
                 f"expected at least 3 sites in the data, got {len(names)}; with fewer a sum would "
                 "show a site's own part. Split each with --split-sites"
             )
+        refuse_divided_patients(records.patients, records.sites, "site")
         return {name: np.flatnonzero(records.sites == name) for name in names}
     generator = np.random.default_rng(seed)
     patients, owner = np.unique(records.patients, return_inverse=True)

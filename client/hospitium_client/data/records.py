@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     Text = NDArray[np.str_]
 
 SPLITS = ("train", "validation", "test")
+FIRST_ROW = 2
+"""Records are numbered as the rows of a CSV whose row 1 holds the column names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +70,27 @@ def check_records(records: Records, where: str) -> Records:
     unknown = ~np.isin(records.split, SPLITS)
     if unknown.any():
         raise DataRejected(
-            f"{where}, row {int(np.argmax(unknown)) + 2}: expected a split of {', '.join(SPLITS)}, "
-            "got another"
+            f"{where}, row {int(np.argmax(unknown)) + FIRST_ROW}: expected a split of "
+            f"{', '.join(SPLITS)}, got another"
         )
-    pairs = np.unique(np.stack([records.patients, records.split]), axis=1)
-    patients, times = np.unique(pairs[0], return_counts=True)
-    if (times > 1).any():
-        patient = patients[np.argmax(times > 1)]
-        rows = np.flatnonzero(records.patients == patient)[:2] + 2
-        raise DataRejected(
-            f"{where}: expected every patient in one split, got one in two (rows {rows[0]} and "
-            f"{rows[1]}, for instance); put all records of a patient into the same split"
-        )
+    refuse_divided_patients(records.patients, records.split, f"{where}: split")
     return records
+
+
+def refuse_divided_patients(patients: Text, parts: Text, where: str) -> None:
+    """Refuse a patient whose records lie in two parts (splits or sites).
+
+    Raises:
+        DataRejected: there is one; names two of the records' rows in the table of labels.
+    """
+    order = np.argsort(patients, kind="stable")
+    changed = (patients[order][1:] == patients[order][:-1]) & (
+        parts[order][1:] != parts[order][:-1]
+    )
+    if changed.any():
+        at = int(np.argmax(changed))
+        first, second = sorted(order[[at, at + 1]] + FIRST_ROW)
+        raise DataRejected(
+            f"{where}: expected every patient in one, got one in two (rows {first} and {second} "
+            "of the table of labels, for instance); give all records of a patient the same"
+        )
