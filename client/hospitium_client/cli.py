@@ -12,7 +12,6 @@ from rich.table import Table
 
 from hospitium_client.policy import SitePolicy
 from hospitium_client.protection.ledger import Ledger
-from hospitium_client.training.accounting import epsilon
 from hospitium_common.durable import write_durably
 from hospitium_common.errors import ConfigError
 from hospitium_common.study import load_study
@@ -89,6 +88,8 @@ def show_ledger(
     delta: Annotated[float, typer.Option(help="At which delta to state epsilon.")] = 1e-5,
 ) -> None:
     """Check the chain of a ledger and show what was spent; nothing is changed."""
+    from hospitium_client.training.accounting import epsilon  # torch takes seconds to load
+
     if not file.exists():
         raise ConfigError(f"{file}: expected a ledger, got nothing there")
     ledger = Ledger(file)

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
+import click
 import typer
 from rich.console import Console
 
 from hospitium_common.errors import HospitiumError
 
+INTERRUPTED = 130
 ORDER = ("study", "site", "data", "coordinator", "simulate", "demo")
 
 
@@ -22,19 +24,28 @@ def main() -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        _application()(args=arguments, prog_name="hospitium", standalone_mode=True)
+        code = _application(arguments)(
+            args=arguments, prog_name="hospitium", standalone_mode=False
+        )
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except HospitiumError as error:
         if debug:
             raise
         errors.print("error:", style="bold red", end=" ")
         errors.print(str(error), markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except click.ClickException as error:  # a wrong option or argument
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
         errors.print("stopped; what was finished is kept")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
-def _application() -> typer.Typer:
+def _application(arguments: list[str]) -> typer.Typer:
+    """Build the command; of its parts only the one that is asked for is loaded, which is quick."""
     application = typer.Typer(
         name="hospitium",
         help="Federated learning across hospitals: the model travels, the records stay.\n\n"
@@ -43,7 +54,14 @@ def _application() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+
+    @application.callback()
+    def hospitium() -> None:
+        """Keep a single command under its name: typer would make it the whole program."""
+
     found = {point.name: point for point in entry_points(group="hospitium.commands")}
+    if arguments and arguments[0] in found:
+        found = {arguments[0]: found[arguments[0]]}
     for name in sorted(found, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
         part = _load(found[name])
         if isinstance(part, typer.Typer):

@@ -86,9 +86,10 @@ def check_aggregate(mean_update: Vector, norms_before: Sequence[float], bound: f
         raise PeerProtocolError("expected a finite mean update, got NaN or infinity")
     if norm > bound:
         raise PeerProtocolError(f"expected a mean update of norm ≤ {bound:.3g}, got {norm:.3g}")
-    if len(norms_before) >= 3 and norm > SUSPICIOUS * float(np.median(norms_before)):
+    usual = float(np.median(norms_before)) if len(norms_before) >= 3 else 0.0
+    if usual and norm > SUSPICIOUS * usual:
         raise PeerProtocolError(
-            f"expected a mean update of norm about {np.median(norms_before):.3g} as in the rounds "
+            f"expected a mean update of norm about {usual:.3g} as in the rounds "
             f"before, got {norm:.3g}: a site may be poisoning the model"
         )
     return norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -75,7 +76,7 @@ def roc(sums: EvaluationSums, names: Sequence[str]) -> bytes:
     with mpl.rc_context(STYLE):
         figure, (axes,) = _figure(1, 4.6)
         axes.plot([0, 1], [0, 1], color="#9CA3AF", linestyle=":", linewidth=1)
-        for histogram, name, colour in zip(sums.histogram, names, COLOURS, strict=False):
+        for histogram, name, colour in zip(sums.histogram, names, cycle(COLOURS), strict=False):
             false, true = roc_curve(histogram)
             label = f"{name} ({auroc(histogram):.3f})"
             axes.plot(false, true, color=colour, linewidth=1.8, label=label)
@@ -89,7 +90,7 @@ def precision_recall(sums: EvaluationSums, names: Sequence[str]) -> bytes:
     """Return a PNG: precision over recall on the test patients, one curve per scored class."""
     with mpl.rc_context(STYLE):
         figure, (axes,) = _figure(1, 4.6)
-        for histogram, name, colour in zip(sums.histogram, names, COLOURS, strict=False):
+        for histogram, name, colour in zip(sums.histogram, names, cycle(COLOURS), strict=False):
             recall, precision = precision_recall_curve(histogram)
             axes.step(recall, precision, color=colour, linewidth=1.8, where="post", label=name)
             share = histogram[:, 1].sum() / max(histogram.sum(), 1)
@@ -105,7 +106,7 @@ def calibration(sums: EvaluationSums, names: Sequence[str]) -> bytes:
     with mpl.rc_context(STYLE):
         figure, (axes,) = _figure(1, 4.6)
         axes.plot([0, 1], [0, 1], color="#9CA3AF", linestyle=":", linewidth=1, label="perfect")
-        for histogram, name, colour in zip(sums.histogram, names, COLOURS, strict=False):
+        for histogram, name, colour in zip(sums.histogram, names, cycle(COLOURS), strict=False):
             predicted, observed, records = reliability_curve(histogram)
             axes.plot(predicted, observed, color=colour, linewidth=1.8, label=name)
             sizes = 90 * records / max(records.max(), 1) + 12 if len(records) else records

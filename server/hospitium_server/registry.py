@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors.numpy
 
-from hospitium_common.durable import write_durably
+from hospitium_common.durable import OWNER_ONLY, write_durably
 from hospitium_common.errors import ConfigError, HospitiumError, LocalProtocolError
 from hospitium_server.aggregation import OptimizerState
 from hospitium_server.evaluation import Figures
@@ -77,13 +77,9 @@ class Registry:
     """The versions of one study in one directory."""
 
     def __init__(self, directory: Path, study: bytes, layout: bytes) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self._study, self._layout = study.hex(), layout.hex()
-        self._database = sqlite3.connect(directory / "registry.sqlite", isolation_level=None)
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = FULL")
-        self._database.executescript(SCHEMA)
+        self._database = _open(directory)
         with closing(self._database.execute("SELECT study, layout FROM versions LIMIT 1")) as rows:
             found = rows.fetchone()
         if found is not None and tuple(found) != (self._study, self._layout):
@@ -220,6 +216,20 @@ class Registry:
 
     def _file(self, number: int) -> Path:
         return self.directory / f"version-{number:04d}.safetensors"
+
+
+def _open(directory: Path) -> sqlite3.Connection:
+    path = directory / "registry.sqlite"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=OWNER_ONLY)
+        database = sqlite3.connect(path, isolation_level=None)
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        database.executescript(SCHEMA)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(f"{path}: expected a registry or room for one, got: {error}") from error
+    return database
 
 
 def _record(text: str) -> RoundRecord:

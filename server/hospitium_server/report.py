@@ -150,6 +150,12 @@ FIGURE_NAMES = {
 
 def _verdict(given: ReportInput) -> str:
     test = given.result.test
+    if math.isnan(test.auroc):
+        return (
+            f"The federated model (version {given.result.best.number} of "
+            f"{given.result.last.number}) was tested on {test.records} records, which do not hold "
+            "both kinds of patients; AUROC is undefined on them."
+        )
     return (
         f"The federated model reaches an AUROC of {test.auroc:.3f} (95 % interval "
         f"{test.auroc_low:.3f} to {test.auroc_high:.3f}) on {test.records} test records that no "
@@ -163,7 +169,7 @@ def _comparison(given: ReportInput) -> list[tuple[str, Figures]]:
 
 
 def _markdown(given: ReportInput) -> str:
-    lines = [f"# {given.study.study.title}", ""]
+    lines = ["# " + " ".join(given.study.study.title.split()), ""]
     lines += [f"> **{notice}**\n" for notice in given.notices]
     lines += [_verdict(given), "", "| model | " + " | ".join(FIGURE_NAMES.values()) + " |"]
     lines.append("| --- " * (1 + len(FIGURE_NAMES)) + "|")

@@ -136,6 +136,7 @@ def run_round(
     attempt: int = 1,
     previous_result: bytes = bytes(64),
     silence: Silence | None = None,
+    keep_masked: bool = True,
 ) -> FinishedRound:
     """Run the four exchanges of one round and return the sum over the survivors.
 
@@ -168,7 +169,8 @@ def run_round(
         )
         if i not in silent.masked:
             coordinator.on_masked(over_the_wire(masked, Masked))
-            result[i] = masked
+            if keep_masked:  # an auditor does; a coordinator keeps nothing but the sum
+                result[i] = masked
 
     # C: everyone signs the same survivors.
     confirmation = over_the_wire(coordinator.close_survivors(), ConfirmRequest)
