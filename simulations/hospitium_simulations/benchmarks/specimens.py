@@ -19,6 +19,7 @@ from hospitium_common.messages import (
     MaskRequest,
     Message,
     Paired,
+    PairOffer,
     PairOffers,
     PairRequest,
     Purpose,
@@ -100,7 +101,7 @@ class _Round:
         self.transcript = run.finish().transcript
 
     def _offers(self) -> PairOffers:
-        made = []
+        made: list[PairOffer] = []
         for site in SITES:
             party = self.federation.parties[site]
             self.unpaired[site], offers = masking.pair_offers(
@@ -213,7 +214,9 @@ def specimens() -> list[Specimen]:
     made = _Round()
     study = load_study(SCENARIO)
     features = len(ranges(study))
-    normalisation = Normalisation(means=np.arange(features) * 1.0, deviations=np.ones(features))
+    normalisation = Normalisation(
+        means=np.arange(features, dtype=np.float64), deviations=np.ones(features)
+    )
 
     def only(kind: type[Message], use: Callable[[Any], None]) -> Callable[[Message], None]:
         return lambda message: use(message) if isinstance(message, kind) else None
