@@ -88,16 +88,50 @@ def test_a_run_cut_in_the_middle_of_a_round_trains_and_spends_nothing_twice(tmp_
         assert sum(spend.kind == "training" for spend in ledger.spends()) == 2
 
 
+def cut_at_the_second(kind: str, count: int, monkeypatch):
+    handle, seen = Session.handle, []
+
+    def cut(self, request):
+        if type(decode(request)).__name__ == kind:
+            seen.append(1)
+            if len(seen) == count:
+                raise KeyboardInterrupt
+        return handle(self, request)
+
+    monkeypatch.setattr(Session, "handle", cut)
+
+
+def test_a_training_round_cut_off_while_it_was_unmasked_is_lost_and_never_summed_again(
+    tmp_path, monkeypatch
+):
+    cut_at_the_second("UnmaskRequest", 4 + 2, monkeypatch)  # the second site of round 1
+    with pytest.raises(KeyboardInterrupt):
+        run(study_of(rounds=3), tmp_path)
+    outcome = run(study_of(rounds=3), tmp_path, notes=(notes := Notes()))
+    assert [made.lost for made, _ in outcome.history] == [False, True, False, False]
+    assert notes.rounds == [2, 3]
+    assert np.isfinite(outcome.result.last.parameters).all()
+
+
+def test_statistics_cut_off_while_they_were_unmasked_are_asked_for_again(tmp_path, monkeypatch):
+    whole = run(study_of(rounds=1), tmp_path / "whole").result.last
+    cut_at_the_second("UnmaskRequest", 2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(study_of(rounds=1), tmp_path / "cut")
+    resumed = run(study_of(rounds=1), tmp_path / "cut").result.last
+    assert (resumed.parameters == whole.parameters).all()
+
+
 SILENCES = {
-    "a site never says READY": ("drop:2:ready:3", 2, 5),
-    "a site goes silent before its masked vector": ("drop:2:masked:3", 2, 5),
-    "a site's READY is damaged on the way": ("corrupt:2:ready:3", 2, 5),
-    "a site's masked vector is damaged on the way": ("corrupt:2:masked:3", 2, 5),
-    "a site sends an old masked vector again": ("replay:2:masked:3", 2, 5),
-    "a site claims to be another": ("lie:2:masked:3", 2, 5),
-    "a site goes silent after its masked vector": ("drop:2:ack:3", None, 6),
-    "a site keeps its shares to itself": ("drop:2:shares:3", None, 6),
-    "a site's shares are damaged on the way": ("corrupt:2:shares:3", None, 6),
+    "a site never says READY": ("drop:2:ready:2", 2, 5),
+    "a site goes silent before its masked vector": ("drop:2:masked:2", 2, 5),
+    "a site's READY is damaged on the way": ("corrupt:2:ready:2", 2, 5),
+    "a site's masked vector is damaged on the way": ("corrupt:2:masked:2", 2, 5),
+    "a site sends an old masked vector again": ("replay:2:masked:2", 2, 5),
+    "a site claims to be another": ("lie:2:masked:2", 2, 5),
+    "a site goes silent after its masked vector": ("drop:2:ack:2", None, 6),
+    "a site keeps its shares to itself": ("drop:2:shares:2", None, 6),
+    "a site's shares are damaged on the way": ("corrupt:2:shares:2", None, 6),
 }
 
 
@@ -108,7 +142,7 @@ def test_a_round_goes_on_without_the_site_that(tmp_path, case):
     study = study_of(rounds=3)
     options = SimulationOptions(faults=(Fault.parse(fault),))
     outcome = run(study, tmp_path, options, sites=6, notes=notes)
-    second = notes.records[1]  # training round 2 is round 3 of the protocol
+    second = notes.records[1]
     assert len(second.survivors) == counted
     assert (2 in second.survivors) == (left_out is None)
     assert [len(record.survivors) for record in notes.records] == [6, counted, 6]
@@ -117,7 +151,7 @@ def test_a_round_goes_on_without_the_site_that(tmp_path, case):
 
 def test_the_sum_without_a_dropped_site_is_the_sum_of_the_others(tmp_path):
     study, gone = study_of(rounds=1), "hospital-2"
-    options = SimulationOptions(faults=tuple(Fault.parse(f"drop:2:masked:{n}") for n in (1, 2)))
+    options = SimulationOptions(faults=tuple(Fault.parse(f"drop:2:masked:{n}") for n in (0, 1)))
     with_dropout = simulate(study, hospitals(5), tmp_path / "five", options, Notes()).result.last
     others = {name: records for name, records in hospitals(5).items() if name != gone}
     plain = simulate(study, others, tmp_path / "four", PLAIN, Notes()).result.last
@@ -127,7 +161,7 @@ def test_the_sum_without_a_dropped_site_is_the_sum_of_the_others(tmp_path):
 
 
 def test_too_few_sites_end_the_run_with_reasons_and_keep_what_was_finished(tmp_path):
-    faults = tuple(Fault.parse(f"drop:{site}:masked:3") for site in (1, 2))
+    faults = tuple(Fault.parse(f"drop:{site}:masked:2") for site in (1, 2))
     study = study_of(rounds=3)
     with pytest.raises(HospitiumError, match=r"at least 3 sites.*Nothing was revealed"):
         run(study, tmp_path, SimulationOptions(faults=faults), sites=4)

@@ -24,9 +24,7 @@ def main() -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        code = _application(arguments)(
-            args=arguments, prog_name="hospitium", standalone_mode=False
-        )
+        code = _application(arguments)(args=arguments, prog_name="hospitium", standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)

@@ -1,6 +1,10 @@
 """Which round of the protocol does what, and with which ring: both sides follow from the study.
 
-Round 1 adds up statistics, round r + 1 is training round r, evaluations come after the last one.
+The protocol numbers its rounds upwards and never repeats one whose shares were released. A *stage*
+of the study (statistics are stage 1, training round r is stage r + 1, evaluations follow) has 16
+such numbers. If the coordinator dies while it unmasks, that number is lost: sums of counts are
+asked for again under the next one, but a training round is never summed twice, because two sums over
+different sites would tell what one of them sent.
 """
 
 from __future__ import annotations
@@ -13,25 +17,33 @@ from hospitium_common.secagg.policy import SecAggPolicy
 if TYPE_CHECKING:
     from hospitium_common.study import Study
 
-STATISTICS_ROUND = 1
-FIRST_TRAINING_ROUND = 2
+NUMBERS_PER_STAGE = 16
+STATISTICS_STAGE = 1
 
 
-def protocol_round(training_round: int) -> int:
-    """Return the protocol's number of training round 1, 2, …"""
-    return training_round + STATISTICS_ROUND
+def training_stage(training_round: int) -> int:
+    """Return the stage of training round 1, 2, …"""
+    return training_round + STATISTICS_STAGE
+
+
+def protocol_round(stage: int, retry: int = 0) -> int:
+    """Return the protocol's number of a stage's first (0) or a later try."""
+    return stage * NUMBERS_PER_STAGE + retry
 
 
 def training_round(round_number: int, study: Study) -> int:
     """Return which training round a protocol round is.
 
     Raises:
-        PeerProtocolError: it is none of this study's.
+        PeerProtocolError: it is none of this study's, or a training round asked for again.
     """
-    number = round_number - STATISTICS_ROUND
-    if not 1 <= number <= study.rounds:
+    stage, retry = divmod(round_number, NUMBERS_PER_STAGE)
+    number = stage - STATISTICS_STAGE
+    if not 1 <= number <= study.rounds or retry:
         raise PeerProtocolError(
-            f"expected training round 1 to {study.rounds}, got round {number}", blame=0
+            f"expected training round 1 to {study.rounds}, each once, got round {number}, try "
+            f"{retry + 1}",
+            blame=0,
         )
     return number
 
@@ -39,7 +51,7 @@ def training_round(round_number: int, study: Study) -> int:
 def secagg_policy(study: Study, tail_len: int, round_number: int) -> SecAggPolicy:
     """Return the policy of one round: the first training round knows no spread, so 24 bits."""
     bits = study.cohort.ring_bits
-    if round_number == FIRST_TRAINING_ROUND and bits == 16:
+    if round_number == protocol_round(training_stage(1)) and bits == 16:
         bits = 24
     return SecAggPolicy(
         study=study.digest,

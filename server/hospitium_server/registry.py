@@ -36,7 +36,11 @@ CREATE TABLE IF NOT EXISTS versions (
     round TEXT NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS figures (number INTEGER PRIMARY KEY, validation TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS attempts (round INTEGER PRIMARY KEY, last INTEGER NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS attempts (
+    round INTEGER PRIMARY KEY,
+    last INTEGER NOT NULL,
+    unmasking INTEGER NOT NULL DEFAULT 0
+) STRICT;
 """
 
 
@@ -45,6 +49,7 @@ class RoundRecord:
     """What happened in the round that made a version; ``missing`` says who was not there, why.
 
     ``quantisation_error`` is a bound on the rounding error's norm relative to the update's.
+    ``lost`` marks a round that was cut off while it was unmasked; its model is the one before.
     """
 
     round: int
@@ -60,6 +65,7 @@ class RoundRecord:
     dropped_contributions: int = 0
     second_moments: tuple[float, ...] = ()
     result: str = ""
+    lost: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +116,22 @@ class Registry:
     def next_attempt(self, round_number: int) -> int:
         """Count an attempt of a round, on disk before it begins."""
         self._write(
-            "INSERT INTO attempts VALUES (?, 1) ON CONFLICT (round) DO UPDATE SET last = last + 1",
+            "INSERT INTO attempts (round, last) VALUES (?, 1) "
+            "ON CONFLICT (round) DO UPDATE SET last = last + 1",
             (round_number,),
         )
         query = "SELECT last FROM attempts WHERE round = ?"
         return int(self._database.execute(query, (round_number,)).fetchone()[0])
+
+    def begin_unmasking(self, round_number: int) -> None:
+        """Note, before any site is asked for shares, that this round may be unmasked from now."""
+        self._write("UPDATE attempts SET unmasking = 1 WHERE round = ?", (round_number,))
+
+    def may_be_unmasked(self, round_number: int) -> bool:
+        """Whether sites may have released shares for a round: it cannot be run again."""
+        query = "SELECT unmasking FROM attempts WHERE round = ?"
+        row = self._database.execute(query, (round_number,)).fetchone()
+        return row is not None and bool(row[0])
 
     def save(self, version: Version) -> None:
         """Write a version: first its file, then its row. A version that is there stays as it is.

@@ -5,15 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from hospitium_common.errors import PeerProtocolError
+from hospitium_common.errors import HospitiumError, PeerProtocolError
 from hospitium_common.messages import Purpose
 from hospitium_common.normalisation import Normalisation
-from hospitium_common.schedule import STATISTICS_ROUND, protocol_round, secagg_policy
+from hospitium_common.schedule import (
+    NUMBERS_PER_STAGE,
+    STATISTICS_STAGE,
+    protocol_round,
+    secagg_policy,
+    training_stage,
+)
 from hospitium_common.secagg.fixed_point import (
     Quantiser,
     bounds_from_second_moments,
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 
     from hospitium_common.metrics import EvaluationSums, EvaluationTotals, TailLayout, TrainingSums
     from hospitium_common.parameters import Layout
+    from hospitium_common.secagg.policy import SecAggPolicy
     from hospitium_common.study import Study
 
 log = logging.getLogger(__name__)
@@ -99,8 +106,7 @@ class StudyRun:
 
     def _prepare(self, parameters: NDArray[np.float32]) -> Version:
         """Round 1: add up the statistics that every site's normalisation rests on."""
-        plan = self._without_vector(STATISTICS_ROUND, Purpose.STATISTICS, parameters[:0], b"")
-        totals = self._summing(plan)
+        totals = self._sum_figures(STATISTICS_STAGE, Purpose.STATISTICS, parameters[:0], b"")
         statistics = self._tail_layout.statistics(totals.tail)
         normalisation = Normalisation.from_totals(statistics.features, self._study)
         version = Version(
@@ -115,11 +121,13 @@ class StudyRun:
 
     def _train(self, version: Version) -> Version:
         study, number = self._study, version.number + 1
+        if self._registry.may_be_unmasked(protocol_round(training_stage(number))):
+            return self._skip(version)
         begun = self._clock()
         quantiser = self._quantiser(version, number)
         totals = self._summing(
             RoundPlan(
-                number=protocol_round(number),
+                number=protocol_round(training_stage(number)),
                 purpose=Purpose.TRAIN,
                 parameters=version.parameters,
                 public=version.normalisation,
@@ -130,7 +138,9 @@ class StudyRun:
         share = study.cohort.weight_cap / self._plausible_weight(sums, len(totals.survivors))
         mean_update = totals.vector * share
         history = self._registry.history()
-        policy = secagg_policy(study, self._tail_layout.length, protocol_round(number))
+        policy = secagg_policy(
+            study, self._tail_layout.length, protocol_round(training_stage(number))
+        )
         sites = len(totals.survivors)
         allowed = (
             sites
@@ -139,7 +149,7 @@ class StudyRun:
                 sum(n * b**2 for n, b in zip(quantiser.lengths, quantiser.bounds, strict=True))
             )
         )
-        norms = [made.update_norm for made, _ in history if made.round > 0]
+        norms = [made.update_norm for made, _ in history if made.round > 0 and not made.lost]
         norm = aggregation.check_aggregate(mean_update, norms, allowed)
         optimizer, parameters = aggregation.apply(
             study, version.optimizer, version.parameters, mean_update
@@ -160,6 +170,24 @@ class StudyRun:
         self._watcher.on_round(record, received)
         return made
 
+    def _skip(self, version: Version) -> Version:
+        """Go on with the same model after a round that was cut off while it was unmasked.
+
+        The sites have spent that round and will not let its updates be summed again.
+        """
+        number = version.number + 1
+        log.warning("training round %d was cut off while it was unmasked: it is lost", number)
+        record = RoundRecord(
+            round=number,
+            survivors=version.record.survivors,
+            second_moments=version.record.second_moments,
+            result=version.record.result,
+            lost=True,
+        )
+        made = replace(version, number=number, record=record)
+        self._registry.save(made)
+        return made
+
     def _plausible_weight(self, sums: TrainingSums, sites: int) -> int:
         """Return the total weight, if sites that keep to the study can have it.
 
@@ -174,13 +202,19 @@ class StudyRun:
             )
         return sums.weight
 
+    def _policy(self, number: int) -> SecAggPolicy:
+        round_number = protocol_round(training_stage(number))
+        return secagg_policy(self._study, self._tail_layout.length, round_number)
+
     def _quantiser(self, version: Version, number: int) -> Quantiser:
         """Bounds from the round before; the first training round has the study's bound."""
         study, lengths = self._study, self._layout.lengths
         fallback = study.cohort.update_bound
         bounds = (fallback,) * len(lengths)
         if version.record.second_moments:
-            policy = secagg_policy(study, self._tail_layout.length, protocol_round(number))
+            policy = secagg_policy(
+                study, self._tail_layout.length, protocol_round(training_stage(number))
+            )
             bounds = bounds_from_second_moments(
                 version.record.second_moments, lengths, len(version.record.survivors), policy,
                 fallback,
@@ -203,13 +237,13 @@ class StudyRun:
 
     def _conclude(self, last: Version, stopped: bool) -> StudyResult:
         """Evaluate the last version, and the best one where that is another."""
-        number = protocol_round(last.number) + 1
-        totals = self._evaluate(number, last)
+        stage = training_stage(last.number) + 1
+        totals = self._evaluate(stage, last)
         validation = figures(totals.validation, self._study)
         self._registry.note(last.number, validation)
         best = self._best(last)
         if best.number != last.number:
-            totals = self._evaluate(number + 1, best)
+            totals = self._evaluate(stage + 1, best)
         return StudyResult(
             last=last,
             best=best,
@@ -231,18 +265,28 @@ class StudyRun:
         usable = [pair for pair in scored if not math.isnan(pair[0])]
         return self._registry.load(max(usable)[1]) if usable else last
 
-    def _evaluate(self, number: int, version: Version) -> EvaluationTotals:
-        plan = self._without_vector(
-            number, Purpose.EVALUATE, version.parameters, version.normalisation
+    def _evaluate(self, stage: int, version: Version) -> EvaluationTotals:
+        totals = self._sum_figures(
+            stage, Purpose.EVALUATE, version.parameters, version.normalisation
         )
-        return self._tail_layout.evaluation(self._summing(plan).tail)
+        return self._tail_layout.evaluation(totals.tail)
 
-    def _without_vector(
-        self, number: int, purpose: Purpose, parameters: NDArray[np.float32], public: bytes
-    ) -> RoundPlan:
-        return RoundPlan(
-            number=number, purpose=purpose, parameters=parameters, public=public,
-            quantiser=Quantiser(lengths=(), bounds=()),
+    def _sum_figures(
+        self, stage: int, purpose: Purpose, parameters: NDArray[np.float32], public: bytes
+    ) -> RoundTotals:
+        """Sum counts without a vector, under the stage's first number that is not lost."""
+        numbers = (protocol_round(stage, retry) for retry in range(NUMBERS_PER_STAGE))
+        free = next((n for n in numbers if not self._registry.may_be_unmasked(n)), None)
+        if free is None:
+            raise HospitiumError(
+                f"stage {stage}: expected a round that can still be run, all were cut off while "
+                "they were unmasked; begin the study again in a new directory"
+            )
+        return self._summing(
+            RoundPlan(
+                number=free, purpose=purpose, parameters=parameters, public=public,
+                quantiser=Quantiser(lengths=(), bounds=()),
+            )
         )  # fmt: skip
 
 

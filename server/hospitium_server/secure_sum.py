@@ -87,7 +87,8 @@ class RoundTotals:
 class SecureSum:
     """Runs rounds over a transport; the only thing it ever sees of a site's figures is a sum.
 
-    ``next_attempt`` hands out attempt numbers that are on disk before they are used.
+    ``next_attempt`` hands out attempt numbers that are on disk before they are used;
+    ``begin_unmasking`` writes down that a round's shares are about to be asked for.
     """
 
     def __init__(
@@ -99,11 +100,12 @@ class SecureSum:
         transport: Transport,
         tail_layout: TailLayout,
         next_attempt: Callable[[int], int],
+        begin_unmasking: Callable[[int], None],
         previous_result: bytes = bytes(64),
     ) -> None:
         self._study, self._roster, self._key = study, roster, key
         self._transport, self._tail_layout = transport, tail_layout
-        self._next_attempt = next_attempt
+        self._next_attempt, self._begin_unmasking = next_attempt, begin_unmasking
         self._previous_result = previous_result
         self._missing: dict[int, str] = {}
         self._bytes = [0, 0]
@@ -184,6 +186,7 @@ class SecureSum:
         request = confirmation.encode()
         self._gather(dict.fromkeys(confirmation.digests, request), Ack, run.on_ack)
         unmasking = run.unmask_request()
+        self._begin_unmasking(plan.number)
         request = unmasking.encode()
         self._gather(dict.fromkeys(unmasking.acks, request), Shares, run.on_shares)
         return run.finish()

@@ -1,7 +1,8 @@
 """Named faults between coordinator and sites, for simulations and tests.
 
-A fault is written ``KIND:SITE:MESSAGE[:ROUND]``, for instance ``drop:2:masked:3``: in protocol
-round 3, site 2's MASKED never arrives. Without a round it happens in all of them.
+A fault is written ``KIND:SITE:MESSAGE[:ROUND]``, for instance ``drop:2:masked:3``: in training
+round 3, site 2's MASKED never arrives. Without a round it happens in all of them; round 0 adds up
+the statistics.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from hospitium_common.errors import ConfigError, PeerProtocolError
 from hospitium_common.messages import Ack, Masked, Message, Ready, Shares, Task, decode
+from hospitium_common.schedule import NUMBERS_PER_STAGE, STATISTICS_STAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -70,7 +72,7 @@ class FaultyTransport:
         """Pass messages on, except where a fault says otherwise."""
         first = decode(next(iter(requests.values()))) if requests else None
         if isinstance(first, Task):
-            self._round = first.round
+            self._round = first.round // NUMBERS_PER_STAGE - STATISTICS_STAGE
         for site, answer in self._inner.exchange(requests, deadline_s):
             name = _name(answer)
             changed: bytes | None = answer

@@ -179,6 +179,7 @@ def _secure_sum(
         transport=FaultyTransport(InMemoryTransport(sessions), faults),
         tail_layout=tail_layout(study, shared_layout(study)),
         next_attempt=registry.next_attempt,
+        begin_unmasking=registry.begin_unmasking,
         previous_result=bytes(64) if latest is None else bytes.fromhex(latest.record.result),
     )
 

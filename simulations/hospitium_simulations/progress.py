@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 from rich.progress import (
@@ -13,6 +14,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 if TYPE_CHECKING:
+    from types import FrameType
     from typing import Self
 
     from rich.console import Console
@@ -31,18 +33,35 @@ class Progress:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
+        self._interrupted = False
         self._rounds = self._bars.add_task("rounds", total=study.rounds)
         self._steps = self._bars.add_task("local steps", total=None)
 
     def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._on_interrupt)
         self._bars.start()
         return self
 
     def __exit__(self, *details: object) -> None:
         self._bars.stop()
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Wait for the next local step or finished round: no round is lost while it is unmasked.
+
+        A second Ctrl-C does not wait.
+        """
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+
+    def _stop_if_asked(self) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     def on_step(self) -> None:
         """Count one local step of one site."""
+        self._stop_if_asked()
         self._bars.advance(self._steps)
 
     def on_round(self, record: RoundRecord, received: Figures) -> None:
@@ -56,3 +75,4 @@ class Progress:
             f"{record.bytes_received / 1e6:.2f} MB  {record.seconds:.1f} s{missing}",
             highlight=False,
         )
+        self._stop_if_asked()
