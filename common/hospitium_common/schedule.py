@@ -3,8 +3,8 @@
 The protocol numbers its rounds upwards and never repeats one whose shares were released. A *stage*
 of the study (statistics are stage 1, training round r is stage r + 1, evaluations follow) has 16
 such numbers. If the coordinator dies while it unmasks, that number is lost: sums of counts are
-asked for again under the next one, but a training round is never summed twice, because two sums over
-different sites would tell what one of them sent.
+asked for again under the next one, but a training round is never summed twice, because two sums
+over different sites would tell what one of them sent.
 """
 
 from __future__ import annotations
