@@ -17,6 +17,8 @@ from hospitium_common.secagg.fixed_point import Quantiser
 from hospitium_common.secagg.hashing import Label, bitmap, members, tagged_hash
 
 VERSION = 1
+SEALED_SHARE_BYTES = 12 + 64 + 16
+"""Nonce, two shares of 32 bytes, and the tag of AES-256-GCM."""
 
 
 class Purpose(IntEnum):
@@ -69,21 +71,19 @@ def decode(data: bytes) -> Message:
 
 
 def _encode_table(table: Mapping[int, bytes]) -> bytes:
-    return encode_parts(*(encode_parts(key, table[key]) for key in sorted(table)))
+    """Site -> bytes of one length, as a bitmap of the sites and their bytes in rising order."""
+    return encode_parts(bitmap(table), b"".join(table[site] for site in sorted(table)))
 
 
-def _read_table(data: bytes | memoryview, length: int | None = None) -> dict[int, bytes]:
-    """Read site -> bytes; sites come in strictly rising order, so none comes twice."""
-    reader, table, last = Reader(data), dict[int, bytes](), 0
-    while not reader.at_end:
-        row = Reader(reader.part())
-        key = row.integer()
-        if not last < key <= 255:
-            raise PeerProtocolError("expected sites 1 to 255 in rising order, each once")
-        table[key] = row.bytes(length)
-        row.finish()
-        last = key
-    return table
+def _read_table(data: bytes | memoryview, length: int) -> dict[int, bytes]:
+    """Read what ``_encode_table`` wrote."""
+    reader = Reader(data)
+    sites = members(reader.part(32).tobytes())
+    values = reader.bytes(length * len(sites))
+    reader.finish()
+    if sites[:1] == (0,):
+        raise PeerProtocolError("expected sites 1 to 255 in a table, got 0")
+    return {site: values[at * length : (at + 1) * length] for at, site in enumerate(sites)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +265,7 @@ class Ready(Message):
             table=reader.bytes(),
             seed_commitments=_read_table(reader.part(), 16),
             share_commitments=_read_table(reader.part(), 32),
-            sealed_shares=_read_table(reader.part()),
+            sealed_shares=_read_table(reader.part(), SEALED_SHARE_BYTES),
         )
 
     def is_whole(self, invited: Collection[int]) -> bool:
@@ -318,7 +318,7 @@ class MaskRequest(Message):
         return cls(
             heads=tuple(heads),
             signatures=_read_table(reader.part(), 64),
-            sealed_shares=_read_table(reader.part()),
+            sealed_shares=_read_table(reader.part(), SEALED_SHARE_BYTES),
             seed_commitments=_read_table(reader.part(), 16),
         )
 

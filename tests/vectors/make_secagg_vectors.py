@@ -23,7 +23,7 @@ from hospitium_common.messages import PairOffers, Purpose, Ready, UnmaskRequest,
 from hospitium_common.roster import Roster
 from hospitium_common.secagg import pairing
 from hospitium_common.secagg.context import survivors_digest
-from hospitium_common.secagg.hashing import Label, payload_digest, sign
+from hospitium_common.secagg.hashing import Label, bitmap, payload_digest, sign
 from hospitium_common.secagg.keys import SiteKeys
 from hospitium_server.unmasking import signed_task
 from tests.vectors.replay import QUANTISER, Enrolled, Replay, policy_of
@@ -288,9 +288,9 @@ def bad_bytes(made: Bad) -> None:
     made.add("message cut short", "decode", None, "truncated", message=masked[:-1])
     made.add("message with a byte too many", "decode", None, "1 more bytes", message=masked + b"0")
     made.add("message of another version", "decode", None, "version 1", message=b"\2" + masked[1:])
-    acks = UnmaskRequest(acks={1: bytes(64), 2: bytes(64)}).encode()
-    twice = acks.replace((2).to_bytes(8, "big"), (1).to_bytes(8, "big"))
-    made.add("duplicate site in a list", "decode", None, "rising order", message=twice)
+    acks = UnmaskRequest(acks={1: bytes(64)}).encode()
+    nobody = acks.replace(bitmap((1,)), bitmap((0,)))
+    made.add("site 0 in a list", "decode", None, "sites 1 to 255", message=nobody)
 
 
 def bad_ready(made: Bad, honest: Replay) -> None:
@@ -323,6 +323,8 @@ def bad_masking(made: Bad, honest: Replay) -> None:
     seeds = {**request.seed_commitments, 4: bytes(16)}
     add("cohort below the threshold", "mask", 0, "at least 4 of the invited", **at,
         message=replace(request, heads=request.heads[:3]))  # fmt: skip
+    add("duplicate site in the cohort", "mask", 0, "this site in it once", **at,
+        message=replace(request, heads=(heads[0], *request.heads)))  # fmt: skip
     add("substituted commitment", "mask", 0, "did not sign its READY", **at,
         message=replace(request, heads=tuple(heads)))  # fmt: skip
     add("one share used for two dealers", "mask", 3, "does not open", **at,

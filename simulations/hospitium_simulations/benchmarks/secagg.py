@@ -1,0 +1,194 @@
+"""Secure aggregation: masks against the raw cipher, uploads and unmasking against Flower SecAgg+.
+
+Ratios come from one run on one machine: both sides are warmed, then the fastest of five counts
+(of fewer where Flower's side takes more than a few seconds). Every step of ours is the one that
+sites and coordinator run, signatures, shares and all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import tracemalloc
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from rich.console import Console
+from rich.table import Table
+
+from hospitium_common.secagg.masks import BLOCK, Mask, add_masks
+from hospitium_simulations.benchmarks import flower_secagg
+from hospitium_simulations.benchmarks.paused_round import PausedRound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+OUT = Path("bench-results/secagg.json")
+REPEATS = 5
+PATIENCE_S = 12.0
+"""A step that is measured for longer than this is not repeated again."""
+MILLION = 10**6
+UPLOADS = ((10, MILLION), (50, MILLION), (10, 25 * MILLION), (100, MILLION))
+UNMASKINGS = {10: 3.0, 50: 50.0, 100: 80.0}
+SMALL_MESSAGES = {50: (20.0, 11.0), 200: (100.0, 42.0)}
+
+
+class Figures:
+    """What was measured, next to what it should be."""
+
+    def __init__(self, console: Console) -> None:
+        self.rows: list[dict[str, object]] = []
+        self._console = console
+
+    def add(
+        self, what: str, value: float, unit: str, target: float | None, better: str = "higher"
+    ) -> None:
+        """Note a figure; ``better`` says on which side of its target it should be."""
+        met = None if target is None else value >= target if better == "higher" else value <= target
+        self.rows.append({
+            "what": what, "value": round(value, 4), "unit": unit, "target": target,
+            "better": better, "met": met,
+        })  # fmt: skip
+        self._console.print(f"{what}: {value:.4g} {unit}", highlight=False)
+
+    def table(self) -> Table:
+        """Return everything as one table."""
+        table = Table(title="Secure aggregation")
+        for name in ("what", "value", "unit", "target", "met"):
+            table.add_column(name, justify="left" if name in ("what", "unit") else "right")
+        for row in self.rows:
+            sign = "≥" if row["better"] == "higher" else "≤"
+            target = "" if row["target"] is None else f"{sign} {row['target']:g}"
+            met = {True: "yes", False: "no", None: ""}[row["met"]]  # type: ignore[index]  # a bool
+            table.add_row(str(row["what"]), f"{row['value']:,}", str(row["unit"]), target, met)
+        return table
+
+
+def fastest(*steps: Callable[[], object]) -> list[float]:
+    """Return each step's fastest time in seconds; the steps take turns."""
+    best = [float("inf")] * len(steps)
+    begin = time.perf_counter()
+    for _ in range(REPEATS + 1):  # the first one warms up, and counts where it is the only one
+        for at, step in enumerate(steps):
+            start = time.perf_counter()
+            step()
+            best[at] = min(best[at], time.perf_counter() - start)
+        if time.perf_counter() - begin > PATIENCE_S:
+            break
+    return best
+
+
+def measure_masks(figures: Figures) -> None:
+    """Compare mask expansion with addition to the cipher alone, and two threads to one."""
+    words, masks = np.zeros(8 * MILLION, np.uint16), [Mask(bytes([i]) * 32, 1) for i in range(8)]
+    zeros, into = memoryview(bytes(BLOCK)), memoryview(bytearray(BLOCK))
+
+    def cipher_alone() -> None:
+        for mask in masks:
+            cipher = Cipher(algorithms.AES(mask.key), modes.CTR(bytes(16))).encryptor()
+            for at in range(0, words.nbytes, BLOCK):
+                count = min(BLOCK, words.nbytes - at)
+                cipher.update_into(zeros[:count], into[:count])
+
+    raw, one, two = fastest(
+        cipher_alone, lambda: add_masks(words, masks), lambda: add_masks(words, masks, 2)
+    )
+    size = len(masks) * words.nbytes / 1e9
+    figures.add("masks, one thread", size / one, "GB/s", None)
+    figures.add("cipher alone, one thread", size / raw, "GB/s", None)
+    figures.add("masks / cipher alone", raw / one, "ratio", 0.85)
+    figures.add("masks, two threads / one", one / two, "ratio", 1.7)
+
+
+def measure_uploads(figures: Figures) -> None:
+    """Compare a site's step from its update to its masked message."""
+    for sites, size in UPLOADS:
+        update = np.random.default_rng(1).normal(0, 0.01, size).astype(np.float32)
+        paused = PausedRound(sites=sites, size=size)
+        ours, theirs = fastest(
+            lambda paused=paused, update=update: paused.masked_upload(update),  # type: ignore[misc]
+            flower_secagg.upload(sites, update),
+        )
+        name = f"masked upload, {sites} sites, {size // MILLION}M"
+        figures.add(f"{name}: ours", ours * 1e3, "ms", None, "lower")
+        figures.add(f"{name}: Flower / ours", theirs / ours, "ratio", 10.0)
+
+
+def measure_unmasking(figures: Figures) -> None:
+    """Compare the coordinator's work after the shares came in."""
+    for sites, target in UNMASKINGS.items():
+        for percent in (0, 10, 30):
+            dropped = sites * percent // 100
+            paused = PausedRound(sites=sites, size=MILLION)
+            step = paused.unmasking(dropped)
+            ours, theirs = fastest(step, flower_secagg.unmasking(sites, dropped, MILLION))
+            name = f"unmasking, {sites} sites, {percent} % dropped"
+            figures.add(f"{name}: ours", ours * 1e3, "ms", None, "lower")
+            figures.add(f"{name}: Flower / ours", theirs / ours, "ratio", target)
+
+
+def measure_small_messages(figures: Figures) -> None:
+    """Take a site's processor time and bytes for everything but the vector."""
+    for sites, (most_ms, most_kb) in SMALL_MESSAGES.items():
+        paused = PausedRound(sites=sites, size=0)
+        seconds, sent = paused.small_messages(REPEATS)
+        figures.add(f"small messages, {sites} sites: processor", seconds * 1e3, "ms", most_ms,
+                    "lower")  # fmt: skip
+        figures.add(f"small messages, {sites} sites: up", sent / 1e3, "kB", most_kb, "lower")
+
+
+def measure_bytes(figures: Figures) -> None:
+    """Take the bytes that leave a site at a million parameters and ten sites."""
+    paused = PausedRound(sites=10, size=MILLION)
+    _, small = PausedRound(sites=10, size=0).small_messages(1)
+    masked = len(paused.masked_upload(np.zeros(MILLION, np.float32)))
+    flower = flower_secagg.upload(3, np.zeros(MILLION, np.float32))()
+    rest = (masked - 2 * MILLION + small) / (2 * MILLION)
+    figures.add("bytes per parameter, vector", 2.0, "B", 2.0, "lower")
+    figures.add("bytes besides the vector", 100 * rest, "%", 1.0, "lower")
+    figures.add("bytes per parameter, Flower", flower / MILLION, "B", None, "lower")
+
+
+def measure_memory(figures: Figures) -> None:
+    """Take the coordinator's peak while masked vectors arrive, with few and many sites."""
+    peaks = {}
+    for sites in (5, 200):
+        paused = PausedRound(sites=sites, size=MILLION)
+        arrive = paused.arriving_vectors()
+        tracemalloc.start()
+        arrive()
+        peaks[sites] = tracemalloc.get_traced_memory()[1] / 1e6
+        tracemalloc.stop()
+        figures.add(f"coordinator's peak, {sites} sites, 1M", peaks[sites], "MB", None, "lower")
+    figures.add("coordinator's peak, 200 sites / 5", peaks[200] / peaks[5], "ratio", 1.1, "lower")
+
+
+PARTS: dict[str, Callable[[Figures], None]] = {
+    "masks": measure_masks,
+    "small": measure_small_messages,
+    "bytes": measure_bytes,
+    "memory": measure_memory,
+    "uploads": measure_uploads,
+    "unmasking": measure_unmasking,
+}
+
+
+def main() -> None:
+    """Measure, print a table, and write the figures down."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    given = parser.parse_args()
+    console = Console()
+    figures = Figures(console)
+    for name in given.parts or PARTS:
+        PARTS[name](figures)
+    console.print(figures.table())
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps(figures.rows, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
