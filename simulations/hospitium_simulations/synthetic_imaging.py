@@ -1,8 +1,9 @@
 """Synthetic chest films: realistic enough to learn from, different in every hospital.
 
 No patient stands behind any of them. Each film has two lung fields, ribs, a heart shadow and noise;
-an ill one has one to three hazy opacities in a lung. Hospitals differ in exposure, contrast,
-noise, field of view and in how many of their patients are ill.
+an ill one has one to three patchy opacities in a lung, no brighter than what hearts and exposures
+vary by from film to film. Hospitals differ in exposure, contrast, noise, field of view and in how
+many of their patients are ill.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SIZE = 32
+HAZE, PATCHINESS = (0.12, 0.26), 0.25
+"""How much brighter an opacity is than a lung, and how much that varies from pixel to pixel.
+
+Faint enough that a linear model of the pixels stays well below a convolutional one.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,24 +66,44 @@ def write_films(directory: Path, *, sites: int, patients_per_site: int, seed: in
 def film(generator: np.random.Generator, scanner: Scanner, *, ill: bool) -> NDArray[np.float64]:
     """Return one film ``[height, width]`` in 0…1."""
     y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j] * scanner.zoom
-    x = x + generator.normal(0, 0.04)
+    x, y = x + generator.normal(0, 0.06), y + generator.normal(0, 0.06)  # never quite centred
     picture = 0.75 - 0.25 * (x**2 + y**2)
-    lungs = np.zeros_like(x)
-    for side in (-1, 1):
-        width, height = generator.normal(0.3, 0.02), generator.normal(0.68, 0.03)
-        inside = ((x - side * 0.42) / width) ** 2 + ((y + 0.02) / height) ** 2
-        lungs = np.maximum(lungs, 1 / (1 + np.exp(12 * (inside - 1))))
-    picture -= 0.5 * lungs
-    picture += 0.06 * lungs * np.sin(2 * np.pi * (y * 4.5 + 0.35 * np.abs(x)))
-    picture += 0.22 * np.exp(-(((x - 0.12) / 0.2) ** 2) - ((y - 0.35) / 0.3) ** 2)
+    lungs = _lungs(generator, x, y)
+    picture -= generator.normal(0.5, 0.04) * lungs
+    picture += 0.06 * lungs * np.sin(2 * np.pi * (y * 4.5 + 0.35 * np.abs(x)))  # ribs
+    picture += _heart(generator, x, y)
     for _ in range(generator.integers(1, 4) if ill else 0):
         side, spread = generator.choice([-1, 1]), generator.uniform(0.1, 0.24)
-        at_x, at_y = side * generator.normal(0.42, 0.08), generator.uniform(-0.4, 0.5)
+        at_x, at_y = side * generator.normal(0.42, 0.08), generator.uniform(-0.45, 0.5)
         haze = np.exp(-((x - at_x) ** 2 + (y - at_y) ** 2) / (2 * spread**2))
-        picture += generator.uniform(0.22, 0.45) * haze * (0.3 + 0.7 * lungs)
-    picture = 0.5 + scanner.contrast * (picture - 0.5) + scanner.exposure
+        patchy = generator.uniform(*HAZE) + generator.normal(0, PATCHINESS, x.shape)
+        picture += patchy * haze * (0.3 + 0.7 * lungs)
+    exposure = scanner.exposure + generator.normal(0, 0.05)
+    picture = 0.5 + scanner.contrast * (picture - 0.5) + exposure
     picture += generator.normal(0, scanner.noise, picture.shape)
     return np.asarray(np.clip(picture, 0, 1))
+
+
+def _lungs(
+    generator: np.random.Generator, x: NDArray[np.float64], y: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Two fields with soft edges, 1 inside and 0 outside."""
+    lungs = np.zeros_like(x)
+    for side in (-1, 1):
+        width, height = generator.normal(0.3, 0.03), generator.normal(0.68, 0.05)
+        inside = ((x - side * 0.42) / width) ** 2 + ((y + 0.02) / height) ** 2
+        lungs = np.maximum(lungs, 1 / (1 + np.exp(np.minimum(12 * (inside - 1), 50))))
+    return lungs
+
+
+def _heart(
+    generator: np.random.Generator, x: NDArray[np.float64], y: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """A shadow whose size, place and density say nothing about the illness."""
+    width, height = np.maximum(generator.normal((0.2, 0.3), 0.04), 0.1)
+    middle, density = generator.normal(0.12, 0.05), generator.uniform(0.15, 0.3)
+    shadow = np.exp(-(((x - middle) / width) ** 2) - ((y - 0.35) / height) ** 2)
+    return np.asarray(density * shadow)
 
 
 def _scanner(generator: np.random.Generator) -> Scanner:
