@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hospitium_client.protection.masking import confirm, mask, ready, unmask
 from hospitium_client.protection.site_state import SiteState
+from hospitium_common.codec import encode_parts
 from hospitium_common.entropy import seeded_entropy
 from hospitium_common.errors import LocalProtocolError, PeerProtocolError
 from hospitium_common.messages import Purpose, decode
@@ -271,6 +272,12 @@ def test_rounding_is_unbiased():
     step = 1.0 / ((2**15 - 1) // policy.n_max - 1)
     assert np.abs(errors).max() < step
     assert abs(errors.mean()) < 5 * 0.5 * step / 200
+
+
+def test_a_quantiser_of_an_impossible_length_is_refused():
+    pairs = [encode_parts(2**63, np.float64(1.0).tobytes()) for _ in range(2)]
+    with pytest.raises(PeerProtocolError, match="expected at most"):
+        Quantiser.decode(encode_parts(2, *pairs))
 
 
 def test_updates_that_are_not_finite_are_never_sent():

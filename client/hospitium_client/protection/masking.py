@@ -17,6 +17,7 @@ Anything else is a protocol error that names both.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -294,16 +295,17 @@ def unmask(
     key (it dropped) leaves, never both, whatever the coordinator asks; the round is spent.
     """
     held = _held(state, Phase.CONFIRMED, "UnmaskRequest")
-    confirmed = [
+    threshold = policy.threshold(len(held.invited))
+    confirmed = (
         site
         for site, signature in request.acks.items()
         if site in held.survivors
         and is_signed_by(party.roster.sites[site].sign, signature, Label.ACK, held.survivors_digest)
-    ]
-    threshold = policy.threshold(len(held.invited))
-    if len(confirmed) < threshold:
+    )
+    enough = len(tuple(islice(confirmed, threshold)))
+    if enough < threshold:
         raise PeerProtocolError(
-            f"expected {threshold} confirmations of the same survivors, got {len(confirmed)}; "
+            f"expected {threshold} confirmations of the same survivors, got {enough}; "
             "nothing is unmasked",
             blame=0,
         )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     Words = NDArray[np.uint16] | NDArray[np.uint32]
 
 CHUNK = 1 << 16
+LONGEST_VECTOR = 1 << 40
 HEAVY_TAIL = {16: 32.0, 24: 64.0, 32: 64.0}
 """Ring width -> bound in units of the tensor's root mean square; updates are heavy-tailed."""
 
@@ -46,6 +47,8 @@ class Quantiser:
     def __post_init__(self) -> None:
         if len(self.lengths) != len(self.bounds):
             raise LocalProtocolError("expected one bound for each tensor")
+        if not 0 <= self.size <= LONGEST_VECTOR:
+            raise LocalProtocolError(f"expected at most {LONGEST_VECTOR} values, got {self.size}")
         if not all(math.isfinite(bound) and bound > 0 for bound in self.bounds):
             raise LocalProtocolError("expected finite, positive bounds")
 

@@ -90,7 +90,10 @@ class PausedRound:
         return answer.encode()
 
     def small_messages(self, repeats: int) -> tuple[float, int]:
-        """Return site 1's fastest processor time for a round, and its bytes up, vector aside."""
+        """Return site 1's fastest processor time for a round, and its bytes up.
+
+        The masked vector and tail do not count among the bytes.
+        """
         confirmation, unmasking = self._to_unmask_request(self.sites)
         party, policy = self.parties[1], self.policy
         told = [m.encode() for m in (self.task, self.requests[1], confirmation, unmasking)]
@@ -108,7 +111,7 @@ class PausedRound:
             _, shares = masking.unmask(party, state, policy, confirmed)
             sent = sum(len(message.encode()) for message in (ready, masked, ack, shares))
             best = min(best, time.process_time() - start)
-        return best, sent - self.quantiser.size * 2
+        return best, sent - self.quantiser.size * 2 - 8 * TAIL
 
     def unmasking(self, dropped: int) -> Callable[[], object]:
         """Return the coordinator's work on the shares, the last ``dropped`` sites being gone."""
