@@ -201,8 +201,11 @@ def test_no_bytes_that_leave_a_session_contain_an_unmasked_update(tmp_path, monk
     assert len(carriers) == 8
     for contribution in contributions:
         raw = contribution.vector.tobytes()
-        for at in range(0, len(raw) - 16, 64):  # any 16 bytes of it would be a leak
-            assert not any(raw[at : at + 16] in answer for answer in left)
+        pieces = [raw[at : at + 16] for at in range(0, len(raw) - 16, 64)]
+        told = [piece for piece in pieces if any(piece)]  # zeros: a unit that never fires
+        assert len(told) > 0.8 * len(pieces)
+        for piece in told:  # any 16 bytes of it would be a leak
+            assert not any(piece in answer for answer in left)
     # what is left in the masked words is uniform: no byte value stands out (chi-square with 255
     # degrees of freedom, false alarm about once in 10^6)
     words = np.frombuffer(b"".join(bytes(m.body) for m in carriers), np.uint8)
