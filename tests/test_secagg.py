@@ -280,8 +280,9 @@ def test_a_quantiser_of_an_impossible_length_is_refused():
         Quantiser.decode(encode_parts(2, *pairs))
 
 
-def test_updates_that_are_not_finite_are_never_sent():
-    values = np.array([1.0, np.nan, 0.0], np.float32)
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_updates_that_are_not_finite_are_never_sent(odd):
+    values = np.array([1.0, odd, 0.0], np.float32)
     quantiser = Quantiser(lengths=(3,), bounds=(1.0,))
     with pytest.raises(LocalProtocolError, match="finite"):
         quantise(values, quantiser, policy_of(), bytes(32))

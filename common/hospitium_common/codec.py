@@ -12,12 +12,11 @@ MAX_PART_BYTES = 2**32 - 1
 
 def encode_parts(*parts: int | bytes) -> bytes:
     """Concatenate parts, each behind its length; integers as 8 bytes big-endian, 0 to 2^64 - 1."""
-    out = bytearray()
+    pieces: list[bytes] = []
     for part in parts:
         raw = part.to_bytes(8, "big") if isinstance(part, int) else part
-        out += len(raw).to_bytes(4, "big")
-        out += raw
-    return bytes(out)
+        pieces += (len(raw).to_bytes(4, "big"), raw)
+    return b"".join(pieces)
 
 
 class Reader:

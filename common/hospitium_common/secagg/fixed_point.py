@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Words = NDArray[np.uint16] | NDArray[np.uint32]
 
-CHUNK = 1 << 16
+CHUNK = 1 << 15
 LONGEST_VECTOR = 1 << 40
 HEAVY_TAIL = {16: 32.0, 24: 64.0, 32: 64.0}
 """Ring width -> bound in units of the tensor's root mean square; updates are heavy-tailed."""
@@ -118,21 +118,27 @@ def quantise(
     clipped, at = 0, 0
     dither = np.frombuffer(keystream(dither_key, 2 * len(values)), np.uint16)
     for length, bound in zip(quantiser.lengths, quantiser.bounds, strict=True):
+        scale = np.float64(limit / bound)
         for begin in range(at, at + length, CHUNK):
             end = min(begin + CHUNK, at + length)
-            scaled = values[begin:end] * np.float64(limit / bound)
-            beyond = np.abs(scaled) > limit
-            clipped += int(np.count_nonzero(beyond))
-            np.clip(scaled, -limit, limit, out=scaled)
+            scaled = values[begin:end] * scale
+            if not (-limit <= scaled.min() and scaled.max() <= limit):  # also where there is NaN
+                clipped += _clip(scaled, limit)
             scaled += dither[begin:end] * np.float64(2.0**-16)
             np.floor(scaled, out=scaled)
-            if not np.isfinite(scaled).all():
-                raise LocalProtocolError("expected finite values in the update, got NaN")
-            words[begin:end] = scaled.astype(np.int64).astype(words.dtype)
+            words[begin:end] = scaled.astype(np.int32).astype(words.dtype)
         at += length
     if policy.ring_bits == 24:
         words &= np.uint32(0xFFFFFF)
     return words, clipped
+
+
+def _clip(scaled: NDArray[np.float64], limit: int) -> int:
+    if not np.isfinite(scaled).all():
+        raise LocalProtocolError("expected finite values in the update, got NaN or infinity")
+    beyond = int(np.count_nonzero(np.abs(scaled) > limit))
+    np.clip(scaled, -limit, limit, out=scaled)
+    return beyond
 
 
 def sum_to_reals(words: Words, quantiser: Quantiser, policy: SecAggPolicy) -> NDArray[np.float64]:

@@ -60,11 +60,15 @@ def _add(words: Words, masks: Sequence[Mask], begin: int) -> None:
     stream, view = memoryview(raw), np.frombuffer(raw, words.dtype)
     per_block = BLOCK // words.itemsize
     ciphers = [
-        (_cipher(mask.key, begin * words.itemsize), np.add if mask.sign > 0 else np.subtract)
-        for mask in masks
+        (
+            _cipher(one.key, begin * words.itemsize).update_into,
+            np.add if one.sign > 0 else np.subtract,
+        )
+        for one in masks
     ]
     for at in range(0, len(words), per_block):
         block = words[at : at + per_block]
-        for cipher, operation in ciphers:
-            cipher.update_into(_ZEROS[: block.nbytes], stream[: block.nbytes])
-            operation(block, view[: len(block)], out=block)
+        zeros, expanded, mask = _ZEROS[: block.nbytes], stream[: block.nbytes], view[: len(block)]
+        for expand, operation in ciphers:
+            expand(zeros, expanded)
+            operation(block, mask, block)
