@@ -50,7 +50,7 @@ def test_every_optimizer_learns_what_is_bright(name):
     text = text.replace("momentum = 0.9", "momentum = 0.0").replace(
         "batch_size = 64", "batch_size = 8"
     )
-    text = text.replace("learning_rate = 0.05", "learning_rate = 0.01")
+    text = text.replace("learning_rate = 0.05", "learning_rate = 0.003")
     study, samples = parse_study(text.replace("local_epochs = 1", "local_epochs = 3")), films()
     model = build(study)
     first = train_without_privacy(model, samples, study, 1, entropy=seeded_entropy(b"a"))
