@@ -20,10 +20,10 @@ import numpy as np
 from hospitium_common.codec import Reader, encode_parts
 from hospitium_common.errors import LocalProtocolError, PeerProtocolError
 from hospitium_common.secagg.hashing import Label, tagged_hash
-from hospitium_common.secagg.masks import keystream
+from hospitium_common.secagg.masks import keystream_in_chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -115,22 +115,28 @@ def quantise(
         )
     words: NDArray[Any] = np.empty(len(values), dtype_of(policy.ring_bits))
     limit = largest_value(policy) - 1
-    clipped, at = 0, 0
-    dither = np.frombuffer(keystream(dither_key, 2 * len(values)), np.uint16)
-    for length, bound in zip(quantiser.lengths, quantiser.bounds, strict=True):
-        scale = np.float64(limit / bound)
-        for begin in range(at, at + length, CHUNK):
-            end = min(begin + CHUNK, at + length)
-            scaled = values[begin:end] * scale
-            if not (-limit <= scaled.min() and scaled.max() <= limit):  # also where there is NaN
-                clipped += _clip(scaled, limit)
-            scaled += dither[begin:end] * np.float64(2.0**-16)
-            np.floor(scaled, out=scaled)
-            words[begin:end] = scaled.astype(np.int32).astype(words.dtype)
-        at += length
+    clipped = 0
+    chunks = list(_chunks(quantiser))
+    dithers = keystream_in_chunks(dither_key, (2 * (end - begin) for begin, end, _ in chunks))
+    for (begin, end, bound), dither in zip(chunks, dithers, strict=True):
+        scaled = values[begin:end] * np.float64(limit / bound)
+        if not (-limit <= scaled.min() and scaled.max() <= limit):  # also where there is NaN
+            clipped += _clip(scaled, limit)
+        scaled += np.frombuffer(dither, np.uint16) * np.float64(2.0**-16)
+        np.floor(scaled, out=scaled)
+        words[begin:end] = scaled.astype(np.int32).astype(words.dtype)
     if policy.ring_bits == 24:
         words &= np.uint32(0xFFFFFF)
     return words, clipped
+
+
+def _chunks(quantiser: Quantiser) -> Iterator[tuple[int, int, float]]:
+    """Yield begin, end and bound of stretches of one tensor that fit the processor's cache."""
+    at = 0
+    for length, bound in zip(quantiser.lengths, quantiser.bounds, strict=True):
+        for begin in range(at, at + length, CHUNK):
+            yield begin, min(begin + CHUNK, at + length), bound
+        at += length
 
 
 def _clip(scaled: NDArray[np.float64], limit: int) -> int:

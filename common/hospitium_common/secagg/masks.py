@@ -14,7 +14,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from cryptography.hazmat.primitives.ciphers import CipherContext
     from numpy.typing import NDArray
@@ -36,6 +36,13 @@ class Mask:
 def keystream(key: bytes, length: int) -> bytes:
     """Return the first bytes of AES-256-CTR with a zero nonce (NIST SP 800-38A)."""
     return _cipher(key, 0).update(bytes(length))
+
+
+def keystream_in_chunks(key: bytes, lengths: Iterable[int]) -> Iterator[bytes]:
+    """Yield the same key stream piece by piece, each at most ``BLOCK`` bytes."""
+    cipher = _cipher(key, 0)
+    for length in lengths:
+        yield cipher.update(_ZEROS[:length])
 
 
 def _cipher(key: bytes, offset: int) -> CipherContext:
