@@ -9,7 +9,6 @@ as a malicious party would, and handed to the other side. Only declared errors m
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 import traceback
@@ -22,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hospitium_common.errors import HospitiumError
+from hospitium_simulations.benchmarks.results import Result, publish
 from hospitium_simulations.benchmarks.specimens import Specimen, specimens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-OUT = Path("bench-results/fuzz_decoders.json")
 LENGTHS = (0, 1, 8, 12, 16, 31, 32, 33, 63, 64, 65, 255, 256, 2**16, 2**31, 2**32 - 1)
 NUMBERS = (0, 1, 2, 3, 4, 5, 255, 256, 2**16, 2**31, 2**32, 2**63, 2**64 - 1)
 KEPT_FAILURES = 20
@@ -121,14 +120,10 @@ def report(found: Findings, minutes: float, console: Console) -> None:
     console.print(table)
     for name, text, data in found.failures:
         console.print(f"{name}: {text}\n  {data[:400]}", markup=False)
-    figures = [
-        {"what": "mutated inputs", "value": found.inputs.total(), "unit": "inputs",
-         "target": None, "better": "higher", "met": None},
-        {"what": "undeclared errors", "value": found.undeclared, "unit": "errors",
-         "target": 0, "better": "lower", "met": found.undeclared == 0},
-    ]  # fmt: skip
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(figures, indent=1) + "\n")
+    publish("fuzz_decoders", [
+        Result("mutated inputs", found.inputs.total(), "inputs", None, "higher"),
+        Result("undeclared errors", found.undeclared, "errors", 0),
+    ])  # fmt: skip
 
 
 def main() -> None:

@@ -8,25 +8,22 @@ is the one that sites and coordinator run, signatures, shares and all.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import tracemalloc
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from rich.console import Console
-from rich.table import Table
 
 from hospitium_common.secagg.masks import BLOCK, Mask, add_masks
 from hospitium_simulations.benchmarks import flower_secagg
 from hospitium_simulations.benchmarks.paused_round import PausedRound
+from hospitium_simulations.benchmarks.results import Result, publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-OUT = Path("bench-results/secagg.json")
 REPEATS, SHORT_REPEATS = 5, 50
 PATIENCE_S = 12.0
 """A step that is measured for longer than this is not repeated again."""
@@ -37,34 +34,23 @@ SMALL_MESSAGES = {50: (20.0, 11.0), 200: (100.0, 42.0)}
 
 
 class Figures:
-    """What was measured, next to what it should be."""
+    """What was measured, next to what it should be; each shows as soon as it is there."""
 
     def __init__(self, console: Console) -> None:
-        self.rows: list[dict[str, object]] = []
+        self.results: list[Result] = []
         self._console = console
 
     def add(
-        self, what: str, value: float, unit: str, target: float | None, better: str = "higher"
+        self,
+        what: str,
+        value: float,
+        unit: str,
+        target: float | None,
+        better: Literal["lower", "higher"] = "higher",
     ) -> None:
         """Note a figure; ``better`` says on which side of its target it should be."""
-        met = None if target is None else value >= target if better == "higher" else value <= target
-        self.rows.append({
-            "what": what, "value": round(value, 4), "unit": unit, "target": target,
-            "better": better, "met": met,
-        })  # fmt: skip
+        self.results.append(Result(what, round(value, 4), unit, target, better))
         self._console.print(f"{what}: {value:.4g} {unit}", highlight=False)
-
-    def table(self) -> Table:
-        """Return everything as one table."""
-        table = Table(title="Secure aggregation")
-        for name in ("what", "value", "unit", "target", "met"):
-            table.add_column(name, justify="left" if name in ("what", "unit") else "right")
-        for row in self.rows:
-            sign = "≥" if row["better"] == "higher" else "≤"
-            target = "" if row["target"] is None else f"{sign} {row['target']:g}"
-            met = {True: "yes", False: "no", None: ""}[row["met"]]  # type: ignore[index]  # a bool
-            table.add_row(str(row["what"]), f"{row['value']:,}", str(row["unit"]), target, met)
-        return table
 
 
 def fastest(*steps: Callable[[], object], repeats: int = REPEATS) -> list[float]:
@@ -182,13 +168,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     given = parser.parse_args()
-    console = Console()
-    figures = Figures(console)
+    figures = Figures(Console())
     for name in given.parts or PARTS:
         PARTS[name](figures)
-    console.print(figures.table())
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(figures.rows, indent=1, ensure_ascii=False) + "\n")
+    publish("secagg", figures.results)
 
 
 if __name__ == "__main__":
