@@ -44,13 +44,13 @@ def test_independent_labels_add_their_losses():
     torch.testing.assert_close(losses, 2 * torch.log(torch.tensor([2.0])))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop"])
-def test_every_optimizer_learns_what_is_bright(name):
+@pytest.mark.parametrize(("name", "rate"), [("sgd", 0.05), ("adam", 0.003), ("rmsprop", 0.0005)])
+def test_every_optimizer_learns_what_is_bright(name, rate):
     text = plain().replace('optimizer = "sgd"', f'optimizer = "{name}"')
     text = text.replace("momentum = 0.9", "momentum = 0.0").replace(
         "batch_size = 64", "batch_size = 8"
     )
-    text = text.replace("learning_rate = 0.05", "learning_rate = 0.003")
+    text = text.replace("learning_rate = 0.05", f"learning_rate = {rate}")
     study, samples = parse_study(text.replace("local_epochs = 1", "local_epochs = 3")), films()
     model = build(study)
     first = train_without_privacy(model, samples, study, 1, entropy=seeded_entropy(b"a"))
