@@ -17,7 +17,7 @@ from hospitium_common.messages import Purpose, decode
 from hospitium_common.secagg.context import survivors_digest
 from hospitium_common.secagg.fixed_point import Quantiser, quantise, sum_to_reals
 from hospitium_common.secagg.hashing import Label, payload_digest, sign
-from hospitium_common.secagg.transcript import Transcript, audit, check_inclusion
+from hospitium_common.transcript import Transcript, audit, check_inclusion
 from hospitium_server.unmasking import Unmasking, signed_task
 from hospitium_simulations.whole_round import FinishedRound, Silence, enrol, pair, run_round
 from tests.secagg_kit import QUANTISER, STUDY, policy_of, tails_for, updates_for

@@ -20,7 +20,7 @@ from hospitium_common.secagg.hashing import Label, derive
 from hospitium_common.secagg.keys import SiteKeys
 from hospitium_common.secagg.masks import Mask, add_masks
 from hospitium_common.secagg.sealing import open_share
-from hospitium_common.secagg.transcript import expand
+from hospitium_common.transcript import expand
 from hospitium_simulations.whole_round import enrol
 from tests.secagg_kit import QUANTISER, STUDY, Stage
 

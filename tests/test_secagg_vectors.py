@@ -11,7 +11,7 @@ from hospitium_client.protection.masking import accept_pair_offers
 from hospitium_client.protection.site_state import SiteState
 from hospitium_common.errors import PeerProtocolError
 from hospitium_common.messages import PairOffer, PairOffers, decode
-from hospitium_common.secagg.transcript import Transcript, audit, check_inclusion
+from hospitium_common.transcript import Transcript, audit, check_inclusion
 from tests.vectors.replay import TAKES, Enrolled, Replay
 
 VECTORS = Path(__file__).parent / "vectors"

@@ -34,7 +34,7 @@ from hospitium_common.secagg.context import (
 from hospitium_common.secagg.fixed_point import Quantiser, sum_to_reals, unpack_words
 from hospitium_common.secagg.hashing import Label, is_signed_by, payload_digest, sign
 from hospitium_common.secagg.masks import add_masks
-from hospitium_common.secagg.transcript import (
+from hospitium_common.transcript import (
     Transcript,
     expand,
     result_digest,

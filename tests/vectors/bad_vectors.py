@@ -6,8 +6,8 @@ from dataclasses import replace
 from unittest.mock import patch
 
 from hospitium_client.protection import masking
+from hospitium_common import pairing
 from hospitium_common.messages import PairOffers, Ready, UnmaskRequest, decode
-from hospitium_common.secagg import pairing
 from hospitium_common.secagg.context import survivors_digest
 from hospitium_common.secagg.hashing import Label, bitmap, payload_digest, sign
 from hospitium_server.unmasking import signed_task

@@ -7,11 +7,11 @@ import hashlib
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from hospitium_common import pairing
 from hospitium_common.codec import encode_parts
 from hospitium_common.errors import PeerProtocolError
 from hospitium_common.messages import Purpose
 from hospitium_common.roster import Roster
-from hospitium_common.secagg import pairing
 from hospitium_common.secagg.keys import SiteKeys
 from hospitium_server.unmasking import signed_task
 from tests.vectors.replay import QUANTISER, Enrolled, Replay, policy_of

@@ -24,6 +24,7 @@ import numpy as np
 from cryptography.hazmat.primitives import constant_time
 
 from hospitium_client.protection.site_state import Held, Phase, SiteState
+from hospitium_common import pairing
 from hospitium_common.errors import LocalProtocolError, PeerProtocolError
 from hospitium_common.messages import (
     Ack,
@@ -38,7 +39,7 @@ from hospitium_common.messages import (
     Task,
     UnmaskRequest,
 )
-from hospitium_common.secagg import pairing, shamir
+from hospitium_common.secagg import shamir
 from hospitium_common.secagg.context import (
     SHARE_BYTES,
     cohort_digest,

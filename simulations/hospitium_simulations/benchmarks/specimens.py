@@ -37,8 +37,8 @@ from hospitium_common.secagg.fixed_point import Quantiser
 from hospitium_common.secagg.hashing import Label, payload_digest, sign
 from hospitium_common.secagg.keys import SiteKeys
 from hospitium_common.secagg.policy import SecAggPolicy
-from hospitium_common.secagg.transcript import Transcript, audit, check_inclusion
 from hospitium_common.study import load_study
+from hospitium_common.transcript import Transcript, audit, check_inclusion
 from hospitium_server.unmasking import Unmasking, signed_task
 from hospitium_simulations.whole_round import enrol
 
