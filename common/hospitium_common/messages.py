@@ -6,6 +6,7 @@ round are those of HSA-1 (`secagg/README.md`); pair offers are relayed once per 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -39,17 +40,19 @@ class Reason(IntEnum):
     LOCAL_FAULT = 5
 
 
-class Message:
+class Message(ABC):
     """Base of all messages: ``encode`` here, ``_parts`` and ``_read`` in each kind."""
 
     KIND: ClassVar[int]
 
+    @abstractmethod
     def _parts(self) -> tuple[int | bytes, ...]:
-        raise NotImplementedError  # every kind below has its own
+        """The message's parts in their fixed order."""
 
     @classmethod
+    @abstractmethod
     def _read(cls, reader: Reader) -> Self:
-        raise NotImplementedError  # every kind below has its own
+        """Read the parts, each with its own length or limit."""
 
     def encode(self) -> bytes:
         """Return the message as bytes."""
