@@ -24,7 +24,7 @@ demo: $(VENV)/.demo  ## train a CNN and an LSTM across four synthetic hospitals
 	$(BIN)/hospitium demo
 
 test: $(VENV)/.check  ## run every test
-	$(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 check: $(VENV)/.check  ## lint, types, and who may import whom
 	$(BIN)/ruff check .
