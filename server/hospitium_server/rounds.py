@@ -138,9 +138,7 @@ class StudyRun:
         share = study.cohort.weight_cap / self._plausible_weight(sums, len(totals.survivors))
         mean_update = totals.vector * share
         history = self._registry.history()
-        policy = secagg_policy(
-            study, self._tail_layout.length, protocol_round(training_stage(number))
-        )
+        policy = self._policy(number)
         sites = len(totals.survivors)
         allowed = (
             sites
@@ -212,9 +210,7 @@ class StudyRun:
         fallback = study.cohort.update_bound
         bounds = (fallback,) * len(lengths)
         if version.record.second_moments:
-            policy = secagg_policy(
-                study, self._tail_layout.length, protocol_round(training_stage(number))
-            )
+            policy = self._policy(number)
             bounds = bounds_from_second_moments(
                 version.record.second_moments, lengths, len(version.record.survivors), policy,
                 fallback,

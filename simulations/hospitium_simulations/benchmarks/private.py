@@ -9,7 +9,6 @@ resident set, each measured in a process of its own.
 from __future__ import annotations
 
 import copy
-import json
 import multiprocessing
 import time
 import warnings
@@ -33,6 +32,7 @@ from hospitium_common.models.deep_cnn import deep_cnn
 from hospitium_common.models.recurrent import RecurrentClassifier
 from hospitium_common.models.small_cnn import small_cnn
 from hospitium_common.study.schema import DeepCnn, Recurrent, SmallCnn
+from hospitium_simulations.benchmarks.results import Result, publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,6 @@ MEMORY_TARGET = 1.5
 NOISE_TARGET = 0.1
 ROUNDS = {"ResNet-18 28×28": 4, "ResNet-18 64×64": 2}
 USUAL_ROUNDS = 25
-OUT = Path("bench-results/private.json")
 
 
 def subject(name: str) -> tuple[nn.Module, Tensor]:
@@ -187,7 +186,7 @@ def _peak(name: str, label: str) -> int:
     return grown
 
 
-def measure(name: str, table: Table) -> list[dict[str, object]]:
+def measure(name: str, table: Table) -> list[Result]:
     """Measure one model; add its line to the table and return its figures."""
     times = _fastest(sides(name), ROUNDS.get(name, USUAL_ROUNDS))
     best = {label: min(values) for label, values in times.items()}
@@ -204,22 +203,15 @@ def measure(name: str, table: Table) -> list[dict[str, object]]:
         f"{target:g}", f"{memory:.2f}", f"{drawing / best['ours']:.1%}", f"{noise:.0%}",
     )  # fmt: skip
     return [
-        _figure(f"{name}: ours / plain, time", ratio, "ratio", target),
-        _figure(f"{name}: ours / plain, peak memory", memory, "ratio", MEMORY_TARGET),
-        _figure(f"{name}: secure noise / step", drawing / best["ours"], "share", NOISE_TARGET),
+        Result(f"{name}: ours / plain, time", ratio, "ratio", target),
+        Result(f"{name}: ours / plain, peak memory", memory, "ratio", MEMORY_TARGET),
+        Result(f"{name}: secure noise / step", drawing / best["ours"], "share", NOISE_TARGET),
         *(
-            _figure(f"{name}: {label} / plain, time", value, "ratio", None)
+            Result(f"{name}: {label} / plain, time", value, "ratio", None)
             for label, value in zip(("Opacus hooks", "Opacus ghost"), others, strict=True)
             if value == value  # not a number where Opacus cannot train the model
         ),
     ]  # fmt: skip
-
-
-def _figure(what: str, value: float, unit: str, target: float | None) -> dict[str, object]:
-    return {
-        "what": what, "value": round(value, 3), "unit": unit, "target": target,
-        "better": "lower", "met": None if target is None else value <= target,
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -233,9 +225,8 @@ def main() -> None:
     ):  # fmt: skip
         table.add_column(column)
     figures = [figure for name in TARGETS for figure in measure(name, table)]
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     Console(width=130).print(table)
+    publish("private", figures)
 
 
 if __name__ == "__main__":
