@@ -4,12 +4,15 @@ import dataclasses
 from importlib.resources import files
 
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from hospitium_common.errors import ConfigError
+from hospitium_common.schedule import groups
 from hospitium_common.study import parse_study
 from hospitium_common.study.cli import app
 from hospitium_common.study.explain import explain, promise
+from tests.federation_kit import study_of
 
 KINDS = ("image_classification", "ehr_sequence_classification", "tabular_classification")
 
@@ -122,3 +125,35 @@ def test_new_writes_a_study_that_check_explains_and_never_overwrites(tmp_path):
     again = run.invoke(app, ["new", str(file)])
     assert isinstance(again.exception, ConfigError)
     assert "expected to write a new file" in str(again.exception)
+
+
+def test_two_groups_are_refused_because_nobody_could_tell_which_is_bad():
+    with pytest.raises(ValidationError, match="one group, or at least 3"):
+        study_of(robustness={"groups": 2})
+
+
+def test_groups_need_room_for_as_many_cohorts():
+    with pytest.raises(ValidationError, match="maximum_sites ≥ 12 for 4 groups"):
+        study_of(robustness={"groups": 4}, cohort={"minimum_sites": 3, "maximum_sites": 11})
+
+
+def test_the_price_of_groups_is_said_in_plain_words():
+    cohort = {"minimum_sites": 4, "maximum_sites": 12}
+    answers = dict(explain(study_of(robustness={"groups": 3}, cohort=cohort)))
+    assert (
+        "sum of every group, of as few as 4 hospitals" in answers["What if a hospital does harm?"]
+    )
+    assert "hospitals of one group" in answers["What leaves a hospital?"]
+    assert "hospitals of one group" in answers["What is promised?"]
+    assert "in every group" in answers["Who has to be there?"]
+    plain = dict(explain(study_of()))
+    assert "the whole cohort" in plain["What is promised?"]
+    assert "not excluded" in plain["What if a hospital does harm?"]
+
+
+def test_a_site_is_in_one_group_whoever_else_is_there():
+    cohort = {"minimum_sites": 3, "maximum_sites": 9}
+    study = study_of(robustness={"groups": 3}, cohort=cohort)
+    assert groups(range(1, 10), study) == ((1, 4, 7), (2, 5, 8), (3, 6, 9))
+    assert groups([2, 5, 9, 4], study) == ((4,), (2, 5), (9,))
+    assert groups([3, 1, 2], study_of()) == ((1, 2, 3),)

@@ -5,6 +5,9 @@ of the study (statistics are stage 1, training round r is stage r + 1, evaluatio
 such numbers. If the coordinator dies while it unmasks, that number is lost: sums of counts are
 asked for again under the next one, but a training round is never summed twice, because two sums
 over different sites would tell what one of them sent.
+
+Where a study has groups, every group runs a training round by itself, under the same number: a
+site's group follows from its roster index alone, so that no coordinator can put it into two.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from hospitium_common.errors import PeerProtocolError
 from hospitium_common.secagg.policy import SecAggPolicy
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from hospitium_common.study import Study
 
 NUMBERS_PER_STAGE = 16
@@ -46,6 +51,19 @@ def training_round(round_number: int, study: Study) -> int:
             blame=0,
         )
     return number
+
+
+def group_of(site: int, study: Study) -> int:
+    """Return the group, from 0, in which a site's updates are added up; it never changes."""
+    return (site - 1) % study.robustness.groups
+
+
+def groups(sites: Iterable[int], study: Study) -> tuple[tuple[int, ...], ...]:
+    """Return the sites of every group that has any, each in order."""
+    members: dict[int, list[int]] = {}
+    for site in sorted(sites):
+        members.setdefault(group_of(site, study), []).append(site)
+    return tuple(tuple(members[group]) for group in sorted(members))
 
 
 def secagg_policy(study: Study, tail_len: int, round_number: int) -> SecAggPolicy:

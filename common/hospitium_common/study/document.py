@@ -16,6 +16,7 @@ from hospitium_common.study.sections import (
     Evaluation,
     Identity,
     Privacy,
+    Robustness,
     Section,
     Strategy,
     Task,
@@ -40,6 +41,7 @@ class Study(Section):
     privacy: Privacy
     cohort: Cohort = Cohort()
     strategy: Strategy = Strategy()
+    robustness: Robustness = Robustness()
     evaluation: Evaluation = Evaluation()
     early_stopping: EarlyStopping | None = None
 
@@ -77,6 +79,12 @@ class Study(Section):
         if self.privacy.augmentation_multiplicity > 1 and self.training.augmentation == "none":
             raise ValueError(
                 "expected training.augmentation with privacy.augmentation_multiplicity > 1"
+            )
+        smallest = self.robustness.groups * self.cohort.minimum_sites
+        if self.robustness.groups > 1 and self.cohort.maximum_sites < smallest:
+            raise ValueError(
+                f"expected cohort.maximum_sites ≥ {smallest} for {self.robustness.groups} groups of "
+                f"at least cohort.minimum_sites, got {self.cohort.maximum_sites}"
             )
         return self
 

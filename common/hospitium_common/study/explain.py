@@ -29,6 +29,7 @@ def explain(study: Study) -> tuple[tuple[str, str], ...]:
         ("What leaves a hospital?", _leaving(study)),
         ("What is promised?", promise(study)),
         ("Who has to be there?", _cohort(study)),
+        ("What if a hospital does harm?", _robustness(study)),
         ("Which study is this exactly?", f"SHA-256 {study.digest.hex()}"),
     )
 
@@ -38,7 +39,7 @@ def promise(study: Study) -> str:
     privacy = study.privacy
     if not study.is_private:
         return (
-            "No differential privacy: only sums over the whole cohort leave the hospitals' masks, "
+            f"No differential privacy: only sums over {_summed(study)} leave the hospitals' masks, "
             "but nothing bounds what such a sum tells about one patient."
         )
     delta = "1/N^1.1 for a hospital's N patients" if privacy.delta is None else f"{privacy.delta:g}"
@@ -47,8 +48,13 @@ def promise(study: Study) -> str:
         f"Whatever anyone learns from all model updates of a hospital over the whole study would "
         f"have been nearly as likely without any one {unit}: epsilon {privacy.epsilon:g}, delta "
         f"{delta}, with the noise added inside the hospital; counts and scores leave as exact "
-        "totals over the whole cohort and are not part of this promise."
+        f"totals over {_summed(study)} and are not part of this promise."
     )
+
+
+def _summed(study: Study) -> str:
+    """Return over whom the sums go that the coordinator can see."""
+    return "the whole cohort" if study.robustness.groups == 1 else "the hospitals of one group"
 
 
 def _prediction(study: Study) -> str:
@@ -91,16 +97,51 @@ def _training(study: Study) -> str:
 
 def _leaving(study: Study) -> str:
     return (
-        "Masked numbers only. The coordinator can remove the masks from the sum over the cohort, "
-        "never from one hospital's part. Sums of: the change of the model, record counts, feature "
+        f"Masked numbers only. The coordinator can remove the masks from the sum over "
+        f"{_summed(study)}, never from one hospital's part. Sums of: the change of the model, record counts, feature "
         "means for normalisation, losses, confusion counts and score histograms. No record, no "
         "patient, no single hospital's figure."
     )
 
 
+def _robustness(study: Study) -> str:
+    rules, cohort = study.robustness, study.cohort
+    parts = [
+        f"No hospital counts for more than {cohort.weight_cap} records, and a mean update that is "
+        "out of all proportion to the rounds before is not used."
+    ]
+    if rules.update_norm is not None:
+        parts.append(
+            f"Every hospital scales its update down to a norm of {rules.update_norm:g} before it "
+            "is masked; a longer mean is not used."
+        )
+    if rules.gate is not None:
+        parts.append(
+            f"A round after which the validation {rules.gate_metric} is worse by more than "
+            f"{rules.gate:g} is undone."
+        )
+    if rules.groups > 1:
+        how = (
+            "their median, coordinate by coordinate"
+            if rules.combine == "median"
+            else "their mean without the extremes of every coordinate"
+        )
+        smallest = max(cohort.minimum_sites, 3)
+        parts.append(
+            f"The updates are added up in {rules.groups} fixed groups and the model takes {how}, "
+            "so that one bad group does not decide. The price is privacy: the coordinator sees "
+            f"the sum of every group, of as few as {smallest} hospitals instead of the whole "
+            "cohort, and a group's counts and scores too."
+        )
+    else:
+        parts.append("One hospital's update still enters the mean: harm is bounded, not excluded.")
+    return " ".join(parts)
+
+
 def _cohort(study: Study) -> str:
     cohort = study.cohort
+    each = "" if study.robustness.groups == 1 else " in every group"
     return (
-        f"At least {cohort.minimum_sites} hospitals, and more than two thirds of those invited; "
+        f"At least {cohort.minimum_sites} hospitals{each}, and more than two thirds of those invited; "
         f"otherwise the round does not happen. At most {cohort.maximum_sites} take part."
     )

@@ -104,12 +104,14 @@ class Cohort(Section):
 
     A site's weight is its number of training records, at most ``weight_cap``. ``update_bound``
     is the largest weighted change of one coordinate that the first round can carry; later rounds
-    take their bounds from the round before.
+    take their bounds from the round before. ``deadline_s`` is how long a site may work on a round,
+    ``exchange_s`` how long it may take for the messages that need no work.
     """
 
     minimum_sites: int = Field(default=5, ge=3, le=200)
     maximum_sites: int = Field(default=16, ge=3, le=200)
     deadline_s: Positive = 3600.0
+    exchange_s: Positive = 300.0
     weight_cap: int = Field(default=10_000, gt=0, lt=2**32)
     ring_bits: Literal[16, 24, 32] = 24
     update_bound: Positive = 2.0
@@ -147,6 +149,33 @@ class Strategy(Section):
             raise ValueError(
                 'expected proximal_mu > 0 exactly when name = "fedprox", got '
                 f"{self.name!r} with {self.proximal_mu}"
+            )
+        return self
+
+
+class Robustness(Section):
+    """``[robustness]``: how far a site that means harm, or has a fault, can move the model.
+
+    ``update_norm`` is the longest update (Euclidean norm, before weighing) that a site hands in;
+    a longer one it scales down itself, and a mean that is longer is not used. ``groups`` > 1 adds
+    up the updates of fixed groups of sites apart, and ``combine`` says how the groups' means
+    become one; the price is that sums over a group's sites become visible. ``gate`` is the largest
+    loss of ``gate_metric`` on validation patients that one round may bring; after a larger one the
+    model goes back to the one before.
+    """
+
+    update_norm: Positive | None = None
+    groups: int = Field(default=1, ge=1, le=64)
+    combine: Literal["median", "trimmed_mean"] = "median"
+    gate: Positive | None = None
+    gate_metric: Literal["auroc", "loss"] = "auroc"
+    most_rejected: int = Field(default=3, gt=0)
+
+    @model_validator(mode="after")
+    def _enough_groups(self) -> Self:
+        if self.groups == 2:
+            raise ValueError(
+                "expected one group, or at least 3: between two, nobody can tell which one is bad"
             )
         return self
 
