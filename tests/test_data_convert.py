@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from hospitium_client.data.cli import app
+from hospitium_client.data.convert import eicu
 from hospitium_client.data.loading import load_records
 from hospitium_client.data.split import split
 from hospitium_common.errors import DataRejected
@@ -96,3 +98,60 @@ def test_text_files_as_published_are_read_too(tmp_path):
     assert result.exit_code == 0
     with pytest.raises(DataRejected, match="expected every record once"):
         load_records(target, load_study(target / "study.toml"))
+
+
+@needs_data
+def test_eicu_has_several_stays_per_patient_and_tests_in_hospitals_nobody_trained_in(tmp_path):
+    records, study = converted("eicu", DATA / "eicu_demo", tmp_path)
+    assert (len(records), records.patient_count) == (2399, 1809)
+    assert sorted(set(records.sites)) == ["Midwest", "Northeast", "South", "West", "unknown"]
+    rows = pd.read_csv(tmp_path / "rows.csv")
+    test = rows["split"] == "test"
+    assert (test.sum(), rows["label"][test].sum(), rows["label"].sum()) == (420, 39, 209)
+    assert not set(rows["hospital"][test]) & set(rows["hospital"][~test])
+    assert not set(rows["patient"][test]) & set(rows["patient"][~test])
+    cut = split(records, study)
+    owners = [set(records.patients[part]) for part in (cut.train, cut.validation, cut.test)]
+    assert sum(map(len, owners)) == records.patient_count
+
+
+def test_eicu_keeps_a_patient_in_the_first_hospital_and_no_stay_without_an_outcome(tmp_path):
+    stay = {"gender": "Male", "hospitaldischargestatus": "Alive", "age": "> 89"}
+    stays = pd.DataFrame(
+        [
+            {"patientunitstayid": 1, "uniquepid": "a", "hospitalid": 10, **stay},
+            {"patientunitstayid": 2, "uniquepid": "a", "hospitalid": 11, **stay},
+            {"patientunitstayid": 3, "uniquepid": "a", "hospitalid": 10, **stay},
+            {"patientunitstayid": 4, "uniquepid": "b", "hospitalid": 11, **stay}
+            | {"hospitaldischargestatus": None},
+        ]
+    )
+    hospitals = pd.DataFrame({"hospitalid": [10, 11], "region": ["South", None]})
+    scored = pd.DataFrame({"patientunitstayid": [1, 3, 4], "eyes": [4, -1, 3]}).reindex(
+        columns=["patientunitstayid", *(name for name, *_ in eicu.SCORED)]
+    )
+    history = pd.DataFrame({"patientunitstayid": [1, 3]}).reindex(
+        columns=["patientunitstayid", *eicu.HISTORY]
+    )
+    path = "admission diagnosis|Operative Organ Systems|Organ System|Respiratory"
+    diagnosis = pd.DataFrame({"patientunitstayid": [3], "admitdxpath": [path]})
+    pressure = pd.DataFrame(
+        {
+            "patientunitstayid": [1, 1, 1, 1],
+            "observationoffset": [-5, 60, 120, 1500],
+            "noninvasivesystolic": [30, 90, 110, 40],
+        }
+    )
+    tables = {
+        "patient": stays, "hospital": hospitals, "apacheapsvar": scored, "apachepredvar": history,
+        "admissiondx": diagnosis, "vitalaperiodic": pressure,
+    }  # fmt: skip
+    for name, table in tables.items():
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    eicu.convert(tmp_path, tmp_path / "out")
+    rows = pd.read_csv(tmp_path / "out" / "rows.csv")
+    assert rows["stay"].tolist() == [1, 3]
+    assert rows["age"].tolist() == [90, 90]
+    assert rows["eyes"].isna().tolist() == [False, True]
+    assert rows["lowest_systolic"][0] == 90 and rows["mean_systolic"][0] == 100
+    assert (rows["operative"][1], rows["system_0"][1], rows["system_1"][1]) == (1, 0, 1)

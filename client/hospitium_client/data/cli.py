@@ -10,7 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hospitium_client.data.convert import heart_disease, medmnist, physionet2012, physionet2019
+from hospitium_client.data.convert import (
+    eicu,
+    heart_disease,
+    medmnist,
+    physionet2012,
+    physionet2019,
+)
 from hospitium_client.data.loading import load_records
 from hospitium_client.data.split import split
 from hospitium_common.study import load_study
@@ -52,6 +58,13 @@ def convert_medmnist(source: Source, target: Target) -> None:
 def convert_heart_disease(source: Source, target: Target) -> None:
     """UCI heart disease, four hospitals, prepared and split as FLamby does."""
     heart_disease.convert(source, target)
+    _say(target)
+
+
+@convert_app.command("eicu")
+def convert_eicu(source: Source, target: Target) -> None:
+    """ICU mortality (eICU demo), several stays per patient; sites are regions, tests hospitals."""
+    eicu.convert(source, target)
     _say(target)
 
 
