@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from hospitium_common.codec import encode_parts
+from hospitium_common.codec import Reader, encode_parts
 from hospitium_common.errors import ConfigError, PeerProtocolError
 from hospitium_common.secagg.hashing import Label, is_signed_by, sign, tagged_hash
+from hospitium_common.secagg.keys import PublicKeys
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    from hospitium_common.secagg.keys import PublicKeys
 
 LARGEST_INDEX = 255
 
@@ -72,3 +71,43 @@ class Roster:
             raise PeerProtocolError(
                 f"roster: expected {quorum} governance signatures, got {len(agreed)}", blame=0
             )
+
+    def encode(self) -> bytes:
+        """Return the roster as bytes, for those who check a round afterwards."""
+        return encode_parts(
+            self.study, self.epoch, self.coordinator,
+            encode_parts(*(encode_parts(i, *self.sites[i].parts()) for i in sorted(self.sites))),
+            encode_parts(*(part for pair in self.signatures for part in pair)),
+        )  # fmt: skip
+
+    @classmethod
+    def decode(cls, data: bytes) -> Roster:
+        """Read what ``encode`` wrote; signatures are not checked here.
+
+        Raises:
+            PeerProtocolError: the bytes are no roster.
+        """
+        reader = Reader(data)
+        study, epoch, coordinator = reader.bytes(32), reader.integer(), reader.bytes(32)
+        rows, sites = Reader(reader.part()), dict[int, PublicKeys]()
+        while not rows.at_end:
+            row = Reader(rows.part())
+            index = row.integer()
+            sites[index] = PublicKeys(
+                sign=row.bytes(32), exchange=row.bytes(32), encapsulate=row.bytes()
+            )
+            row.finish()
+        pairs, signatures = Reader(reader.part()), list[tuple[bytes, bytes]]()
+        while not pairs.at_end:
+            signatures.append((pairs.bytes(32), pairs.bytes(64)))
+        reader.finish()
+        try:
+            roster = cls(
+                study=study, epoch=epoch, coordinator=coordinator, sites=sites,
+                signatures=tuple(signatures),
+            )  # fmt: skip
+        except ConfigError as error:
+            raise PeerProtocolError(str(error)) from error
+        if roster.encode() != data:
+            raise PeerProtocolError("expected a roster in its one form, got another order")
+        return roster

@@ -83,8 +83,8 @@ class Study(Section):
         smallest = self.robustness.groups * self.cohort.minimum_sites
         if self.robustness.groups > 1 and self.cohort.maximum_sites < smallest:
             raise ValueError(
-                f"expected cohort.maximum_sites ≥ {smallest} for {self.robustness.groups} groups of "
-                f"at least cohort.minimum_sites, got {self.cohort.maximum_sites}"
+                f"expected cohort.maximum_sites ≥ {smallest} for {self.robustness.groups} groups "
+                f"of at least cohort.minimum_sites, got {self.cohort.maximum_sites}"
             )
         return self
 

@@ -97,10 +97,10 @@ def _training(study: Study) -> str:
 
 def _leaving(study: Study) -> str:
     return (
-        f"Masked numbers only. The coordinator can remove the masks from the sum over "
-        f"{_summed(study)}, never from one hospital's part. Sums of: the change of the model, record counts, feature "
-        "means for normalisation, losses, confusion counts and score histograms. No record, no "
-        "patient, no single hospital's figure."
+        "Masked numbers only. The coordinator can remove the masks from the sum over "
+        f"{_summed(study)}, never from one hospital's part. Sums of: the change of the model, "
+        "record counts, feature means for normalisation, losses, confusion counts and score "
+        "histograms. No record, no patient, no single hospital's figure."
     )
 
 
@@ -142,6 +142,6 @@ def _cohort(study: Study) -> str:
     cohort = study.cohort
     each = "" if study.robustness.groups == 1 else " in every group"
     return (
-        f"At least {cohort.minimum_sites} hospitals{each}, and more than two thirds of those invited; "
-        f"otherwise the round does not happen. At most {cohort.maximum_sites} take part."
+        f"At least {cohort.minimum_sites} hospitals{each}, and more than two thirds of those "
+        f"invited; otherwise the round does not happen. At most {cohort.maximum_sites} take part."
     )
