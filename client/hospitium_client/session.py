@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 
     from hospitium_client.policy import SitePolicy
     from hospitium_common.entropy import Entropy
+    from hospitium_common.federation import FederationRoster
     from hospitium_common.privacy import SpendEvent
-    from hospitium_common.roster import Roster
+    from hospitium_common.secagg.keys import SiteKeys
     from hospitium_common.secagg.policy import SecAggPolicy
     from hospitium_common.study import Study
 
@@ -69,8 +70,9 @@ REASONS: tuple[tuple[type[HospitiumError], Reason], ...] = (
 class Session:
     """One site in one study.
 
-    ``home`` is a private directory; it holds the protocol state, the update under way and the
-    ledger. ``open_work`` reads the data, and is called only for a study that the policy allows.
+    ``home`` is a private directory; it holds the protocol state and the update under way.
+    ``federation`` is the roster that the site pinned: a key epoch takes its keys from there.
+    ``open_work`` reads the data, and is called only for a study that the policy allows.
 
     **Guarantees:** state and spend are on disk before the answer that depends on them leaves;
     the same request gets the same answer again; no answer but `Masked` carries anything computed
@@ -80,30 +82,24 @@ class Session:
     def __init__(
         self,
         *,
-        party: masking.Party,
+        index: int,
+        keys: SiteKeys,
+        federation: FederationRoster,
         study: Study,
         policy: SitePolicy,
         home: Path,
+        ledger: Ledger,
         open_work: Callable[[], SiteWork],
         entropy: Entropy,
     ) -> None:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._party, self._study, self._policy, self._home = party, study, policy, home
-        self._open_work, self._entropy = open_work, entropy
+        self._index, self._keys, self._federation = index, keys, federation
+        self._study, self._policy, self._home = study, policy, home
+        self._ledger, self._open_work, self._entropy = ledger, open_work, entropy
         self._work: SiteWork | None = None
         self._kept: _Kept | None = None
         self._tail_words = tail_layout(study, shared_layout(study)).length
-        self._ledger = Ledger(home / "ledger.sqlite")
         self._state, self._last = self._restore()
-
-    @property
-    def roster(self) -> Roster:
-        """The roster that this site pinned."""
-        return self._party.roster
-
-    def close(self) -> None:
-        """Close the ledger."""
-        self._ledger.close()
 
     def handle(self, request: bytes) -> bytes:
         """Answer one message; never raises for anything that a peer or the data did."""
@@ -115,22 +111,20 @@ class Session:
             reply = answer.encode()
             self._save(state, digest, reply)
         except HospitiumError as error:
-            log.warning("site %d refuses: %s", self._party.index, error)
+            log.warning("site %d refuses: %s", self._index, error)
             reason = next((r for kind, r in REASONS if isinstance(error, kind)), None)
             blame = error.blame if isinstance(error, PeerProtocolError) else None
             return Refusal(reason=reason or Reason.LOCAL_FAULT, blame=blame).encode()
         except Exception as error:  # the data side may raise anything, and its text may hold data
-            log.error("site %d: %s in its own code", self._party.index, type(error).__name__)
+            log.error("site %d: %s in its own code", self._index, type(error).__name__)
             log.debug("details for this site's administrator", exc_info=True)
             return Refusal(reason=Reason.LOCAL_FAULT, blame=None).encode()
         return reply
 
     def _answer(self, message: Message) -> tuple[SiteState, Message]:
-        state, party = self._state, self._party
         if isinstance(message, PairRequest):
-            if message.roster != party.roster.digest:
-                raise PeerProtocolError("expected the pinned roster, got another", blame=0)
-            return masking.pair_offers(party, state, self._entropy)
+            return self._begin_epoch(message)
+        state, party = self._state, self._party()
         if isinstance(message, PairOffers):
             return masking.accept_pair_offers(party, state, message)
         if isinstance(message, Task):
@@ -144,13 +138,52 @@ class Session:
             return masking.unmask(party, state, policy, message)
         raise PeerProtocolError(f"expected a request, got {type(message).__name__}", blame=0)
 
+    def _begin_epoch(self, request: PairRequest) -> tuple[SiteState, Message]:
+        """Take the epoch's sites from the coordinator, and their keys from the pinned roster."""
+        federation, fewest = self._federation, max(3, self._study.cohort.minimum_sites)
+        for wrong, reason in (
+            (
+                request.version != federation.version,
+                f"expected roster version {federation.version}, got {request.version}",
+            ),
+            (
+                request.epoch <= self._state.epoch,
+                f"expected a key epoch after {self._state.epoch}, got {request.epoch}",
+            ),
+            (
+                self._index not in request.sites or len(request.sites) < fewest,
+                f"expected at least {fewest} sites, this one among them, got {len(request.sites)}",
+            ),
+        ):
+            if wrong:
+                raise PeerProtocolError(f"pairing: {reason}", blame=0)
+        roster = federation.for_study(self._study.digest, request.epoch, request.sites)
+        if roster.digest != request.roster:
+            raise PeerProtocolError("pairing: expected the keys of the pinned roster", blame=0)
+        party = masking.Party(index=self._index, keys=self._keys, roster=roster)
+        return masking.pair_offers(party, self._state, self._entropy)
+
+    def _party(self) -> masking.Party:
+        """Return who this site is in the key epoch under way.
+
+        Raises:
+            PeerProtocolError: none is under way, or a site of it was revoked since.
+        """
+        state = self._state
+        if not state.sites:
+            raise PeerProtocolError("expected a pair request before anything else", blame=0)
+        roster = self._federation.for_study(self._study.digest, state.epoch, state.sites)
+        if roster.digest != state.roster_digest:
+            raise PeerProtocolError("expected to pair again: the roster has changed", blame=0)
+        return masking.Party(index=self._index, keys=self._keys, roster=roster)
+
     def _begin(self, task: Task) -> tuple[SiteState, Message]:
         """Check everything, do the work, book it, keep the result; then say READY."""
         if task.study != self._study.digest:
             raise NotApproved("expected the study that this session was opened for, got another")
         self._policy.check(self._study)
         policy = self._round_policy(task.round)
-        state, answer = masking.ready(self._party, self._state, policy, task, self._entropy)
+        state, answer = masking.ready(self._party(), self._state, policy, task, self._entropy)
         key = hashlib.sha256(encode_parts(task.round, task.model_digest)).digest()
         kept = self._read_kept()
         if kept is None or kept.key != key:
@@ -215,7 +248,7 @@ class Session:
         tail = kept.contribution.tail
         if clipped:
             tail = note_clipped(tail, clipped)
-        return masking.mask(self._party, self._state, policy, request, words, tail)
+        return masking.mask(self._party(), self._state, policy, request, words, tail)
 
     def _round_policy(self, round_number: int) -> SecAggPolicy:
         return secagg_policy(self._study, self._tail_words, round_number)

@@ -41,6 +41,7 @@ CREATE TABLE IF NOT EXISTS attempts (
     last INTEGER NOT NULL,
     unmasking INTEGER NOT NULL DEFAULT 0
 ) STRICT;
+CREATE TABLE IF NOT EXISTS epochs (number INTEGER PRIMARY KEY) STRICT;
 """
 
 
@@ -122,6 +123,11 @@ class Registry:
         )
         query = "SELECT last FROM attempts WHERE round = ?"
         return int(self._database.execute(query, (round_number,)).fetchone()[0])
+
+    def next_epoch(self) -> int:
+        """Count a key epoch, on disk before any site is asked to pair."""
+        self._write("INSERT INTO epochs SELECT coalesce(max(number), 0) + 1 FROM epochs", ())
+        return int(self._database.execute("SELECT max(number) FROM epochs").fetchone()[0])
 
     def begin_unmasking(self, round_number: int) -> None:
         """Note, before any site is asked for shares, that this round may be unmasked from now."""

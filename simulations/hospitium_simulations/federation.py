@@ -9,19 +9,19 @@ import safetensors.numpy
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hospitium_client.policy import SitePolicy
-from hospitium_client.protection.masking import Party
+from hospitium_client.protection.ledger import Ledger
 from hospitium_client.session import Session
 from hospitium_client.work import SiteWork, shared_layout, tail_layout
 from hospitium_common.durable import write_durably
 from hospitium_common.entropy import Entropy, seeded_entropy
 from hospitium_common.errors import ConfigError
+from hospitium_common.federation import FederationRoster, Member
 from hospitium_common.models import build, tensors_of
-from hospitium_common.roster import Roster
 from hospitium_common.secagg.keys import SiteKeys
 from hospitium_server.evaluation import Figures, figures
 from hospitium_server.registry import Registry, RoundRecord, Version
 from hospitium_server.rounds import StudyResult, StudyRun, Summing, Watcher
-from hospitium_server.secure_sum import SecureSum
+from hospitium_server.secure_sum import Presence, SecureSum
 from hospitium_simulations.baselines import baselines
 from hospitium_simulations.faults import Fault, FaultyTransport
 from hospitium_simulations.in_memory import InMemoryTransport
@@ -91,14 +91,13 @@ def simulate(
         works[index] = SiteWork(study, records, home, on_step=on_step)
         entropies[index] = seeded_entropy(f"simulation/{study.study.seed}/{index}".encode())
     registry = Registry(directory / "coordinator", study.digest, layout.digest)
-    sessions: dict[int, Session] = {}
+    ledgers: dict[int, Ledger] = {}
     try:
         if options.masked:
-            coordinator = Ed25519PrivateKey.generate()
-            sessions = _sessions(study, works, entropies, coordinator)
-            secure = _secure_sum(study, sessions, coordinator, registry, options.faults)
-            secure.pair()
-            summing: Summing = secure
+            for index, work in works.items():
+                ledgers[index] = Ledger(work.home / "ledger.sqlite")
+            enrolled = _enrol(study, works, entropies, ledgers)
+            summing: Summing = _secure_sum(study, enrolled, registry, options.faults)
         else:
             summing = PlainSum(study, works, entropies)
         result = StudyRun(
@@ -124,8 +123,8 @@ def simulate(
             others=others,
         )
     finally:
-        for session in sessions.values():
-            session.close()
+        for ledger in ledgers.values():
+            ledger.close()
         registry.close()
 
 
@@ -135,49 +134,67 @@ def _at_one_site(study: Study, work: SiteWork, version: Version) -> Figures:
     return figures(work.tail_layout.evaluation(tail).test, study)
 
 
-def _sessions(
+@dataclass(frozen=True, kw_only=True)
+class _Enrolled:
+    """Everybody under one roster, and the open session of every site."""
+
+    coordinator: Ed25519PrivateKey
+    roster: FederationRoster
+    sessions: Mapping[int, Session]
+
+
+def _enrol(
     study: Study,
     works: Mapping[int, SiteWork],
     entropies: Mapping[int, Entropy],
-    coordinator: Ed25519PrivateKey,
-) -> dict[int, Session]:
+    ledgers: Mapping[int, Ledger],
+) -> _Enrolled:
     """Enrol every site under a roster that a governance key signed, and open its session."""
-    governance = Ed25519PrivateKey.generate()
+    governance, coordinator = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     keys = {index: _keys(work.home) for index, work in works.items()}
-    roster = Roster(
-        study=study.digest,
-        epoch=1,
+    roster = FederationRoster(
+        name="simulation",
+        version=1,
         coordinator=coordinator.public_key().public_bytes_raw(),
-        sites={index: key.public() for index, key in keys.items()},
-    ).signed_by(governance)
-    roster.check([governance.public_key().public_bytes_raw()])
-    return {
+        governance=governance.public_key().public_bytes_raw(),
+        members=tuple(
+            Member(
+                index=index, name=f"site-{index}", title=works[index].home.name, expires=2**62,
+                keys=key.public(), node_key=f"none: simulated site {index}".encode(),
+            )
+            for index, key in keys.items()
+        ),
+    ).signed_by(governance)  # fmt: skip
+    roster.check(governance.public_key().public_bytes_raw())
+    sessions = {
         index: Session(
-            party=Party(index=index, keys=keys[index], roster=roster),
+            index=index,
+            keys=keys[index],
+            federation=roster,
             study=study,
             policy=_agreeing_policy(study),
             home=work.home,
+            ledger=ledgers[index],
             open_work=lambda work=work: work,  # type: ignore[misc]  # mypy cannot type a default
             entropy=entropies[index],
         )
         for index, work in works.items()
     }
+    return _Enrolled(coordinator=coordinator, roster=roster, sessions=sessions)
 
 
 def _secure_sum(
-    study: Study,
-    sessions: Mapping[int, Session],
-    coordinator: Ed25519PrivateKey,
-    registry: Registry,
-    faults: tuple[Fault, ...],
+    study: Study, enrolled: _Enrolled, registry: Registry, faults: tuple[Fault, ...]
 ) -> SecureSum:
     latest = registry.latest()
+    presence = Presence(federation=enrolled.roster, sites=tuple(enrolled.sessions))
     return SecureSum(
         study=study,
-        roster=next(iter(sessions.values())).roster,
-        key=coordinator,
-        transport=FaultyTransport(InMemoryTransport(sessions), faults),
+        key=enrolled.coordinator,
+        present=lambda: presence,
+        transport=FaultyTransport(InMemoryTransport(enrolled.sessions), faults),
         tail_layout=tail_layout(study, shared_layout(study)),
+        next_epoch=registry.next_epoch,
         next_attempt=registry.next_attempt,
         begin_unmasking=registry.begin_unmasking,
         previous_result=bytes(64) if latest is None else bytes.fromhex(latest.record.result),

@@ -70,7 +70,7 @@ FURTHEST_JUMP = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Party:
-    """Who this site is: its roster index, its keys, and the roster that it pinned."""
+    """Who this site is: its roster index, its keys, and the roster of the key epoch."""
 
     index: int
     keys: SiteKeys
@@ -91,7 +91,7 @@ def pair_offers(party: Party, state: SiteState, entropy: Entropy) -> tuple[SiteS
             secret = entropy(f"secagg/pair/{party.roster.epoch}/{party.index}/{peer}")
             roots[peer], made = pairing.offer(party.keys, party.roster, party.index, peer, secret)
             offers.append(made)
-    fresh = SiteState.for_epoch(party.roster.digest, roots, after=state)
+    fresh = SiteState.for_epoch(party.roster, roots, after=state)
     return fresh, PairOffers(offers=tuple(offers))
 
 

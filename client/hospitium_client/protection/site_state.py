@@ -6,9 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hospitium_common.errors import LocalProtocolError
+
+if TYPE_CHECKING:
+    from hospitium_common.roster import Roster
 
 
 class Phase(StrEnum):
@@ -40,11 +43,13 @@ class Held:
 class SiteState:
     """Pair roots at ratchet position ``ratchet_at``, and how far this site has gone.
 
-    ``latest`` is the highest (round, attempt) answered; ``spent`` the highest round for which
-    shares were released.
+    ``epoch`` and ``sites`` say which key epoch the roots belong to. ``latest`` is the highest
+    (round, attempt) answered; ``spent`` the highest round for which shares were released.
     """
 
     roster_digest: bytes = b""
+    epoch: int = 0
+    sites: tuple[int, ...] = ()
     roots: Mapping[int, bytes] = field(default_factory=dict)
     ratchet_at: int = 0
     latest: tuple[int, int] = (0, 0)
@@ -54,13 +59,16 @@ class SiteState:
 
     @classmethod
     def for_epoch(
-        cls, roster_digest: bytes, roots: Mapping[int, bytes], *, after: SiteState
+        cls, roster: Roster, roots: Mapping[int, bytes], *, after: SiteState
     ) -> SiteState:
         """Return the state at the start of a key epoch: fresh roots, nothing forgotten.
 
         Fresh roots stand at ratchet position 0 at every site, however far each has gone.
         """
-        return cls(roster_digest=roster_digest, roots=roots, latest=after.latest, spent=after.spent)
+        return cls(
+            roster_digest=roster.digest, epoch=roster.epoch, sites=tuple(sorted(roster.sites)),
+            roots=roots, latest=after.latest, spent=after.spent,
+        )  # fmt: skip
 
     def encode(self) -> bytes:
         """Return the state as bytes. They hold secrets: a file of mode 0600, never a message."""
@@ -78,6 +86,8 @@ class SiteState:
             held = fields.pop("held")
             return cls(
                 roster_digest=bytes.fromhex(fields["roster_digest"]),
+                epoch=int(fields["epoch"]),
+                sites=tuple(int(site) for site in fields["sites"]),
                 roots=_table(fields["roots"]),
                 ratchet_at=int(fields["ratchet_at"]),
                 latest=(int(fields["latest"][0]), int(fields["latest"][1])),

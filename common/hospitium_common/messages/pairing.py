@@ -39,17 +39,29 @@ class PairOffer:
 
 @dataclass(frozen=True, kw_only=True)
 class PairRequest(Message):
-    """Coordinator: make offers for this roster."""
+    """Coordinator: a key epoch begins; make offers to these sites.
+
+    Both sides derive the epoch's ``roster`` (given by its digest) from the federation's roster of
+    this ``version``, so the coordinator chooses who takes part, but never under which keys.
+    """
 
     KIND = 1
+    version: int
+    epoch: int
+    sites: tuple[int, ...]
     roster: bytes
 
     def _parts(self) -> tuple[int | bytes, ...]:
-        return (self.roster,)
+        return self.version, self.epoch, bitmap(self.sites), self.roster
 
     @classmethod
     def _read(cls, reader: Reader) -> Self:
-        return cls(roster=reader.bytes(32))
+        return cls(
+            version=reader.integer(),
+            epoch=reader.integer(),
+            sites=members(reader.bytes(32)),
+            roster=reader.bytes(32),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,9 +232,7 @@ class ConfirmRequest(Message):
 
     @classmethod
     def _read(cls, reader: Reader) -> Self:
-        return cls(
-            digests=read_table(reader.part(), 64), signatures=read_table(reader.part(), 64)
-        )
+        return cls(digests=read_table(reader.part(), 64), signatures=read_table(reader.part(), 64))
 
 
 @dataclass(frozen=True, kw_only=True)

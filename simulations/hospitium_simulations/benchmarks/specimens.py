@@ -225,7 +225,7 @@ def specimens() -> list[Specimen]:
         return only(kind, lambda message: made.answer(stage, 1, message) and None)
 
     return [
-        _message(PairRequest(roster=bytes(32))),
+        _message(PairRequest(version=1, epoch=1, sites=(1, 2, 3), roster=bytes(32))),
         _message(made.offers, only(PairOffers, made.use_offers)),
         _message(Paired(roster=bytes(32))),
         _message(made.task, only(Task, made.use_task)),
