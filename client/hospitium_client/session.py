@@ -17,7 +17,7 @@ from hospitium_client.protection import masking
 from hospitium_client.protection.ledger import Kind, Ledger, Spend
 from hospitium_client.protection.site_state import SiteState
 from hospitium_client.training.accounting import is_within
-from hospitium_client.work import Contribution, SiteWork, shared_layout, tail_layout
+from hospitium_client.work import Contribution, SiteWork
 from hospitium_common.codec import Reader, encode_parts
 from hospitium_common.durable import write_durably
 from hospitium_common.errors import (
@@ -41,7 +41,8 @@ from hospitium_common.messages import (
     UnmaskRequest,
     decode,
 )
-from hospitium_common.metrics import note_clipped
+from hospitium_common.metrics import TailLayout, note_clipped
+from hospitium_common.models import build, shared_layout
 from hospitium_common.schedule import secagg_policy, training_round
 from hospitium_common.secagg.fixed_point import Quantiser, quantise
 
@@ -98,7 +99,7 @@ class Session:
         self._ledger, self._open_work, self._entropy = ledger, open_work, entropy
         self._work: SiteWork | None = None
         self._kept: _Kept | None = None
-        self._tail_words = tail_layout(study, shared_layout(study)).length
+        self._tail_words = TailLayout.of(study, shared_layout(study, build(study))).length
         self._state, self._last = self._restore()
 
     def handle(self, request: bytes) -> bytes:

@@ -25,21 +25,20 @@ from hospitium_client.training.local import (
 from hospitium_common.durable import write_durably
 from hospitium_common.errors import DataRejected
 from hospitium_common.metrics import EvaluationTotals, StatisticsSums, TailLayout, TrainingSums
-from hospitium_common.models import build, is_norm_parameter, load_tensors, tensors_of
-from hospitium_common.normalisation import Normalisation, ranges
-from hospitium_common.parameters import Layout, Tensors
+from hospitium_common.models import build, load_tensors, shared_layout, tensors_of
+from hospitium_common.normalisation import Normalisation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
-    from torch import nn
 
     from hospitium_client.data.records import Records
     from hospitium_client.samples import Samples
     from hospitium_client.training.private import PrivateStepPlan
     from hospitium_common.entropy import Entropy
+    from hospitium_common.parameters import Tensors
     from hospitium_common.study import Study
 
 
@@ -49,20 +48,6 @@ class Contribution:
 
     vector: NDArray[np.float32]
     tail: NDArray[np.uint64]
-
-
-def shared_layout(study: Study, model: nn.Module | None = None) -> Layout:
-    """Return the layout of the tensors that travel: all, or all but FedBN's local norms."""
-    model = build(study) if model is None else model
-    tensors = tensors_of(model)
-    if study.strategy.local_norms:
-        tensors = {n: t for n, t in tensors.items() if not is_norm_parameter(n, model)}
-    return Layout.of(tensors)
-
-
-def tail_layout(study: Study, layout: Layout) -> TailLayout:
-    """Return how this study's figures are laid out under the masks."""
-    return TailLayout(study=study, tensors=len(layout.names), features=len(ranges(study)))
 
 
 class SiteWork:
@@ -81,7 +66,7 @@ class SiteWork:
         self._smallest_count, self._on_step = smallest_count, on_step
         self._model = build(study)
         self.layout = shared_layout(study, self._model)
-        self.tail_layout = tail_layout(study, self.layout)
+        self.tail_layout = TailLayout.of(study, self.layout)
         self._samples: tuple[bytes, Samples, Samples, Samples] | None = None
 
     @cached_property

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hospitium_common.errors import LocalProtocolError
+from hospitium_common.normalisation import ranges
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from hospitium_common.parameters import Layout
     from hospitium_common.study import Study
 
     Integers = NDArray[np.int64]
@@ -178,6 +180,11 @@ class TailLayout:
     study: Study
     tensors: int
     features: int
+
+    @classmethod
+    def of(cls, study: Study, layout: Layout) -> TailLayout:
+        """Return the tail's layout for a study whose travelling tensors have this layout."""
+        return cls(study=study, tensors=len(layout.names), features=len(ranges(study)))
 
     @property
     def _evaluation_words(self) -> int:

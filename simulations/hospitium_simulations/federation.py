@@ -11,12 +11,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hospitium_client.policy import SitePolicy
 from hospitium_client.protection.ledger import Ledger
 from hospitium_client.session import Session
-from hospitium_client.work import SiteWork, shared_layout, tail_layout
+from hospitium_client.work import SiteWork
 from hospitium_common.durable import write_durably
 from hospitium_common.entropy import Entropy, seeded_entropy
 from hospitium_common.errors import ConfigError
 from hospitium_common.federation import FederationRoster, Member
-from hospitium_common.models import build, tensors_of
+from hospitium_common.metrics import TailLayout
+from hospitium_common.models import build, shared_layout, tensors_of
 from hospitium_common.secagg.keys import SiteKeys
 from hospitium_server.evaluation import Figures, figures
 from hospitium_server.registry import Registry, RoundRecord, Version
@@ -80,8 +81,9 @@ def simulate(
             f"expected {cohort.minimum_sites} to {cohort.maximum_sites} sites as the study's "
             f"cohort says, got {len(hospitals)}"
         )
-    layout = shared_layout(study)
-    tensors = tensors_of(build(study))
+    model = build(study)
+    layout, tensors = shared_layout(study, model), tensors_of(model)
+    tail_layout = TailLayout.of(study, layout)
     first = layout.flatten({name: tensors[name] for name in layout.names})
     works: dict[int, SiteWork] = {}
     entropies: dict[int, Entropy] = {}
@@ -97,11 +99,11 @@ def simulate(
             for index, work in works.items():
                 ledgers[index] = Ledger(work.home / "ledger.sqlite")
             enrolled = _enrol(study, works, entropies, ledgers)
-            summing: Summing = _secure_sum(study, enrolled, registry, options.faults)
+            summing: Summing = _secure_sum(study, tail_layout, enrolled, registry, options.faults)
         else:
             summing = PlainSum(study, works, entropies)
         result = StudyRun(
-            study=study, layout=layout, tail_layout=tail_layout(study, layout),
+            study=study, layout=layout, tail_layout=tail_layout,
             registry=registry, summing=summing, watcher=watcher,
         ).run(first)  # fmt: skip
         named = layout.unflatten(result.best.parameters)
@@ -184,7 +186,11 @@ def _enrol(
 
 
 def _secure_sum(
-    study: Study, enrolled: _Enrolled, registry: Registry, faults: tuple[Fault, ...]
+    study: Study,
+    tail_layout: TailLayout,
+    enrolled: _Enrolled,
+    registry: Registry,
+    faults: tuple[Fault, ...],
 ) -> SecureSum:
     latest = registry.latest()
     presence = Presence(federation=enrolled.roster, sites=tuple(enrolled.sessions))
@@ -193,7 +199,7 @@ def _secure_sum(
         key=enrolled.coordinator,
         present=lambda: presence,
         transport=FaultyTransport(InMemoryTransport(enrolled.sessions), faults),
-        tail_layout=tail_layout(study, shared_layout(study)),
+        tail_layout=tail_layout,
         next_epoch=registry.next_epoch,
         next_attempt=registry.next_attempt,
         begin_unmasking=registry.begin_unmasking,

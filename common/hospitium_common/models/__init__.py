@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hospitium_common.parameters import Layout
 from hospitium_common.study.schema import DeepCnn, Mlp, Recurrent, SmallCnn
 
 if TYPE_CHECKING:
@@ -69,3 +70,11 @@ def is_norm_parameter(name: str, model: nn.Module) -> bool:
     """Whether a parameter belongs to a normalisation layer (kept at the sites by FedBN)."""
     owner = model.get_submodule(name.rpartition(".")[0])
     return isinstance(owner, torch.nn.GroupNorm | torch.nn.LayerNorm)
+
+
+def shared_layout(study: Study, model: nn.Module) -> Layout:
+    """Return the layout of the tensors that travel: all, or all but FedBN's local norms."""
+    tensors = tensors_of(model)
+    if study.strategy.local_norms:
+        tensors = {n: t for n, t in tensors.items() if not is_norm_parameter(n, model)}
+    return Layout.of(tensors)
