@@ -63,6 +63,10 @@ def _application(arguments: list[str]) -> typer.Typer:
     for name in sorted(found, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
         part = _load(found[name])
         if isinstance(part, typer.Typer):
+            for extension in entry_points(group=f"hospitium.{name}"):
+                add_to = _load(extension)  # a package that adds commands to another one's group
+                if add_to is not None:
+                    add_to(part)
             application.add_typer(part, name=name)
         elif part is not None:
             application.command(name)(part)
