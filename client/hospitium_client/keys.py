@@ -7,17 +7,18 @@ secrets); ``node.key`` only logs the node in to the coordinator's server.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import Field
 
 from hospitium_common.codec import encode_parts
 from hospitium_common.errors import ConfigError, PeerProtocolError
+from hospitium_common.json_file import Hex, JsonPart, from_json, to_json
 from hospitium_common.key_file import read_key_file, write_new_key_file
 from hospitium_common.secagg.hashing import Label
 from hospitium_common.secagg.keys import PublicKeys, SiteKeys
@@ -33,18 +34,8 @@ SALT_BYTES = 16
 NONCE_BYTES = 12
 REMEDY = "restore it from your back-up, or make new keys with `hospitium site rotate --lost`"
 
-Hex = Annotated[
-    bytes,
-    BeforeValidator(lambda value: bytes.fromhex(value) if isinstance(value, str) else value),
-    PlainSerializer(lambda value: value.hex(), return_type=str),
-]
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _Public(_Part):
+class _Public(JsonPart):
     sign: Hex
     exchange: Hex
     encapsulate: Hex
@@ -57,7 +48,7 @@ class _Public(_Part):
         return PublicKeys(sign=self.sign, exchange=self.exchange, encapsulate=self.encapsulate)
 
 
-class _Lock(_Part):
+class _Lock(JsonPart):
     """How the private part is encrypted: scrypt (RFC 7914), then AES-256-GCM."""
 
     salt: Hex = Field(min_length=SALT_BYTES, max_length=SALT_BYTES)
@@ -78,7 +69,7 @@ class _Lock(_Part):
         )
 
 
-class _KeyFile(_Part):
+class _KeyFile(JsonPart):
     format: Literal["hospitium site keys 1"] = "hospitium site keys 1"
     public: _Public
     lock: _Lock | None
@@ -102,7 +93,7 @@ def store_site_keys(path: Path, keys: SiteKeys, passphrase: bytes | None) -> Non
         )
         private = lock.cipher(passphrase).encrypt(lock.nonce, private, lock.bound(public))
     document = _KeyFile(public=_Public.of(public), lock=lock, private=private)
-    write_new_key_file(path, document.model_dump_json(indent=2).encode())
+    write_new_key_file(path, to_json(document))
 
 
 def load_site_keys(path: Path, passphrase: Callable[[], bytes]) -> SiteKeys:
@@ -232,8 +223,6 @@ def find_passphrase(file: Path | None, prompt: Callable[[], str] | None) -> byte
 def _read(path: Path) -> _KeyFile:
     data = read_key_file(path, "this hospital's keys", REMEDY)
     try:
-        return _KeyFile.model_validate_json(data)
-    except ValidationError:  # its text would show what is in the file
-        raise ConfigError(
-            f"{path}: expected this hospital's keys, got a damaged file; {REMEDY}"
-        ) from None
+        return from_json(_KeyFile, data, "this hospital's keys")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; {REMEDY}") from error
