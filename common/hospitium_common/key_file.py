@@ -23,10 +23,23 @@ def write_new_key_file(path: Path, data: bytes) -> None:
     Raises:
         ConfigError: there is a file already; a key is never overwritten.
     """
-    if path.is_symlink() or path.exists():
-        raise ConfigError(f"{path}: expected no file there, got one; a key is never overwritten")
+    demand_absent(path)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_durably(path, data)
+
+
+def demand_absent(*paths: Path) -> None:
+    """Demand that nothing is there yet: keys and settings are never overwritten.
+
+    Raises:
+        ConfigError: one of the files is there.
+    """
+    for path in paths:
+        if path.is_symlink() or path.exists():
+            raise ConfigError(
+                f"{path}: expected no file there, got one; nothing was overwritten. Choose another "
+                "folder with --home, or move the old one away"
+            )
 
 
 def read_key_file(path: Path, what: str, remedy: str, *, group_may_read: bool = False) -> bytes:

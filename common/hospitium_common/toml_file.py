@@ -29,7 +29,16 @@ def read_toml(model: type[M], path: Path, *, what: str, remedy: str) -> M:
         raise ConfigError(f"{path}: expected {what}, got: {error.strerror}; {remedy}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8 text, got other bytes") from error
-    return validate(model, _parse(text, str(path)), str(path))
+    return parse_toml(model, text, name=str(path))
+
+
+def parse_toml(model: type[M], text: str, *, name: str) -> M:
+    """Validate the text of a settings file; ``name`` is what error messages call it.
+
+    Raises:
+        ConfigError: no TOML, or a key or value is wrong: one line per mistake.
+    """
+    return validate(model, _parse(text, name), name)
 
 
 def quoted(text: str) -> str:

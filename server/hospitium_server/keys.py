@@ -1,4 +1,8 @@
-"""The coordinator's signing key, in a file of mode 0600."""
+"""The coordinator's two Ed25519 keys, each in a file of mode 0600.
+
+The coordinator's key signs studies and requests and is needed all the time. The governance key
+signs rosters: it is needed when somebody is enrolled or revoked, and is better kept elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from hospitium_common.durable import write_durably
 from hospitium_common.errors import ConfigError
+from hospitium_common.key_file import read_key_file, write_new_key_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,29 +23,35 @@ def make_key(path: Path) -> Ed25519PrivateKey:
     Raises:
         ConfigError: there is a file already.
     """
-    if path.exists():
-        raise ConfigError(f"{path}: expected no file there, got one; a key is never overwritten")
     key = Ed25519PrivateKey.generate()
-    write_durably(path, key.private_bytes_raw())
+    write_new_key_file(path, key.private_bytes_raw())
     return key
 
 
 def load_key(path: Path) -> Ed25519PrivateKey:
-    """Read a key that only its owner can read.
+    """Read the coordinator's key, which only its owner can read.
 
     Raises:
         ConfigError: it is missing, is no key, or others can read it.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: expected the coordinator's key, got: {error.strerror}; make one with "
-            "`hospitium coordinator init`"
-        ) from error
-    if path.stat().st_mode & 0o077:
-        raise ConfigError(f"{path}: expected mode 0600, others can read it: `chmod 600 {path}`")
+    remedy = "`hospitium coordinator init NAME --host HOST` makes one"
+    return _load(path, "the coordinator's key", remedy)
+
+
+def load_governance_key(path: Path) -> Ed25519PrivateKey:
+    """Read the governance key, wherever it is kept.
+
+    Raises:
+        ConfigError: it is missing, is no key, or others can read it.
+    """
+    return _load(path, "the governance key", "if it is kept elsewhere, name it: --governance-key")
+
+
+def _load(path: Path, what: str, remedy: str) -> Ed25519PrivateKey:
+    data = read_key_file(path, what, remedy)
     try:
         return Ed25519PrivateKey.from_private_bytes(data)
     except ValueError as error:
-        raise ConfigError(f"{path}: expected an Ed25519 key of 32 bytes") from error
+        raise ConfigError(
+            f"{path}: expected {what}, Ed25519 of 32 bytes, got another file"
+        ) from error
