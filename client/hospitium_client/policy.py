@@ -22,6 +22,7 @@ class SitePolicy(BaseModel):
     largest_epsilon: float = Field(default=8.0, gt=0)
     allow_training_without_privacy: bool = False
     allow_record_level_privacy: bool = False
+    allow_distributed_noise: bool = False
     largest_weight: int = Field(default=10_000, gt=0)
     most_rounds: int = Field(default=200, gt=0)
     smallest_count: int = Field(default=10, ge=0)
@@ -56,6 +57,11 @@ class SitePolicy(BaseModel):
                 and study.privacy.unit == "record"
                 and not self.allow_record_level_privacy,
                 "expected privacy per patient, the study protects single records only",
+            ),
+            (
+                study.noise_is_distributed and not self.allow_distributed_noise,
+                "expected all of the noise to be added here, the study counts on "
+                f"{study.privacy.honest_sites} honest sites for it",
             ),
             (
                 study.cohort.weight_cap > self.largest_weight,

@@ -44,7 +44,7 @@ from hospitium_common.messages import (
 from hospitium_common.metrics import TailLayout, note_clipped
 from hospitium_common.models import build, shared_layout
 from hospitium_common.schedule import secagg_policy, training_round
-from hospitium_common.secagg.fixed_point import Quantiser, quantise
+from hospitium_common.secagg.fixed_point import Quantiser, quantise, step_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -191,15 +191,24 @@ class Session:
             contribution = self._contribution(task)
         else:  # a new attempt of the same round: no second training, no second spend
             contribution = kept.contribution
+        if task.purpose is Purpose.TRAIN and self._study.noise_is_distributed:
+            # At every attempt: the coordinator may send another quantiser with each.
+            self._opened_work().check_share(
+                training_round(task.round, self._study), task.public,
+                step_sizes(task.quantiser, policy),
+            )  # fmt: skip
         self._keep(
             _Kept(key=key, round=task.round, quantiser=task.quantiser, contribution=contribution)
         )
         return state, answer
 
-    def _contribution(self, task: Task) -> Contribution:
+    def _opened_work(self) -> SiteWork:
         if self._work is None:
             self._work = self._open_work()
-        work, layout = self._work, self._work.layout
+        return self._work
+
+    def _contribution(self, task: Task) -> Contribution:
+        work, layout = self._opened_work(), self._opened_work().layout
         if task.purpose is Purpose.STATISTICS:
             contribution = work.statistics()
             self._book(task, "statistics", None, 0.0)
@@ -245,7 +254,10 @@ class Session:
         policy = self._round_policy(number)
         # The dither belongs to the round, not to the attempt: a new attempt masks the same words.
         dither = self._entropy(f"quantiser/dither/{number}")
-        words, clipped = quantise(kept.contribution.vector, kept.quantiser, policy, dither)
+        words, clipped = quantise(
+            kept.contribution.vector, kept.quantiser, policy, dither,
+            wraps=self._study.noise_is_distributed,
+        )  # fmt: skip
         tail = kept.contribution.tail
         if clipped:
             tail = note_clipped(tail, clipped)

@@ -23,13 +23,13 @@ from hospitium_client.training.local import (
     train_without_privacy,
 )
 from hospitium_common.durable import write_durably
-from hospitium_common.errors import DataRejected
+from hospitium_common.errors import DataRejected, PeerProtocolError
 from hospitium_common.metrics import EvaluationTotals, StatisticsSums, TailLayout, TrainingSums
 from hospitium_common.models import build, load_tensors, shared_layout, tensors_of
 from hospitium_common.normalisation import Normalisation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from hospitium_common.entropy import Entropy
     from hospitium_common.parameters import Tensors
     from hospitium_common.study import Study
+
+
+SMALLEST_SHARE = 2.0
+"""A site's share of distributed noise spreads over at least so many steps of the quantiser."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +142,7 @@ class SiteWork:
         after = tensors_of(self._model)
         self._keep_norms(after)
         moved = self.layout.flatten({name: after[name] for name in self.layout.names})
-        weight = min(len(train), study.cohort.weight_cap)
+        weight = self._weight(train)
         scaled = ((moved - parameters) * (weight / study.cohort.weight_cap)).astype(np.float32)
         ends = np.cumsum(self.layout.lengths)[:-1]
         sums = TrainingSums(
@@ -147,8 +151,10 @@ class SiteWork:
             steps=totals.steps,
             # A count that depends on single patients: with a promise to them it stays here.
             dropped=0 if study.is_private else totals.dropped_non_finite,
+            # With a share of the noise only the sum of all updates may be known: no other figure.
             second_moments=tuple(
-                float((piece.astype(np.float64) ** 2).sum()) for piece in np.split(scaled, ends)
+                0.0 if study.noise_is_distributed else float((piece.astype(np.float64) ** 2).sum())
+                for piece in np.split(scaled, ends)
             ),
             validation=seen,
         )
@@ -163,6 +169,49 @@ class SiteWork:
             test=evaluate(self._model, test, self._study, self._smallest_count),
         )
         return Contribution(vector=np.zeros(0, np.float32), tail=self.tail_layout.pack(sums))
+
+    def check_share(
+        self, training_round: int, normalisation: bytes, steps: Sequence[float]
+    ) -> None:
+        """Refuse to hand in a share of noise that rounding could take away.
+
+        ``steps`` are the quantiser's step sizes, per tensor. Rounded normal deviates add up like
+        deviates that are rounded after their sum if each spreads over `SMALLEST_SHARE` steps: the
+        difference in distribution is below exp(-2 pi² SMALLEST_SHARE²) (Kairouz, Liu and Steinke
+        2021 for the discrete Gaussian).
+
+        Raises:
+            PeerProtocolError: the coordinator's quantiser is too coarse for this site's share.
+        """
+        study, plan = self._study, self.plan(normalisation)
+        if not study.noise_is_distributed:
+            return
+        share = study.learning_rate(training_round) * plan.own_noise
+        share /= plan.sample_rate * study.cohort.weight_cap
+        if max(steps) * SMALLEST_SHARE > share:
+            raise PeerProtocolError(
+                f"training round {training_round}: expected a quantiser that is at least "
+                f"{SMALLEST_SHARE:g} times finer than this site's share of the noise, got a "
+                "coarser one",
+                blame=0,
+            )
+
+    def _weight(self, train: Samples) -> int:
+        """Return what the update counts for: records, or units where their noise has to add up.
+
+        Raises:
+            DataRejected: the cap would scale this site's share of the noise down.
+        """
+        cap = self._study.cohort.weight_cap
+        if not self._study.noise_is_distributed:
+            return min(len(train), cap)
+        units = protected_units(self._study, train)
+        if units > cap:
+            raise DataRejected(
+                "expected at most cohort.weight_cap training patients where the noise is "
+                "distributed, got more: the cap would scale down this site's share"
+            )
+        return units
 
     def _prepared(self, normalisation: bytes) -> tuple[Samples, Samples, Samples]:
         """Return training, validation and test samples; prepared once per normalisation."""

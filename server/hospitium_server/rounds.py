@@ -156,7 +156,8 @@ class StudyRun:
             totals, number, self._clock() - begun, update_norm=norm,
             quantisation_error=rounding_error(quantiser, policy, sites) * share / max(norm, 1e-30),
             clipped_fraction=sums.clipped / (sites * self._layout.size),
-            dropped_contributions=sums.dropped, second_moments=sums.second_moments,
+            dropped_contributions=sums.dropped,
+            second_moments=self._second_moments(totals.vector, sums),
         )  # fmt: skip
         made = Version(
             number=number, parameters=parameters, optimizer=optimizer,
@@ -167,6 +168,17 @@ class StudyRun:
         self._registry.save(made)
         self._watcher.on_round(record, received)
         return made
+
+    def _second_moments(self, total: NDArray[np.float64], sums: TrainingSums) -> tuple[float, ...]:
+        """Return the squares of the sites' updates per tensor, for the next round's quantiser.
+
+        Where the noise is distributed no site tells its own; the sum's squares stand for them,
+        which independent noise makes as large.
+        """
+        if not self._study.noise_is_distributed:
+            return sums.second_moments
+        pieces = np.split(total, np.cumsum(self._layout.lengths)[:-1])
+        return tuple(float((piece**2).sum()) for piece in pieces)
 
     def _skip(self, version: Version) -> Version:
         """Go on with the same model after a round that was cut off while it was unmasked.

@@ -223,6 +223,7 @@ def _agreeing_policy(study: Study) -> SitePolicy:
         largest_epsilon=study.privacy.epsilon or 1.0,
         allow_training_without_privacy=True,
         allow_record_level_privacy=True,
+        allow_distributed_noise=True,
         largest_weight=study.cohort.weight_cap,
         most_rounds=study.rounds,
         smallest_count=0,

@@ -37,6 +37,7 @@ CREATE TABLE IF NOT EXISTS spends (
     sampling_rate REAL NOT NULL,
     noise_multiplier REAL NOT NULL,
     steps INTEGER NOT NULL,
+    honest_sites INTEGER NOT NULL,
     digest BLOB NOT NULL,
     UNIQUE (study, round)
 ) STRICT;
@@ -45,7 +46,7 @@ CREATE TRIGGER IF NOT EXISTS spends_stay BEFORE UPDATE ON spends
 CREATE TRIGGER IF NOT EXISTS spends_remain BEFORE DELETE ON spends
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
-COLUMNS = "study, round, kind, unit, sampling_rate, noise_multiplier, steps"
+COLUMNS = "study, round, kind, unit, sampling_rate, noise_multiplier, steps, honest_sites"
 KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
 UNITS: dict[str, Unit | None] = {"none": None, "patient": "patient", "record": "record"}
 FIRST_DIGEST = bytes(32)
@@ -141,33 +142,36 @@ class Ledger:
         last = self._database.execute("SELECT digest FROM spends ORDER BY number DESC LIMIT 1")
         previous = (last.fetchone() or (FIRST_DIGEST,))[0]
         self._database.execute(
-            f"INSERT INTO spends ({COLUMNS}, digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - a constant
+            f"INSERT INTO spends ({COLUMNS}, digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - a constant
             (*_row(spend), _digest(spend, previous)),
         )
 
 
-def _row(spend: Spend) -> tuple[bytes, int, str, str, float, float, int]:
+def _row(spend: Spend) -> tuple[bytes, int, str, str, float, float, int, int]:
     event = spend.event
     if event is None:
-        return spend.study, spend.round, spend.kind, "none", 0.0, 0.0, 0
+        return spend.study, spend.round, spend.kind, "none", 0.0, 0.0, 0, 0
     return (
         spend.study, spend.round, spend.kind, event.unit,
-        event.sampling_rate, event.noise_multiplier, event.steps,
+        event.sampling_rate, event.noise_multiplier, event.steps, event.honest_sites,
     )  # fmt: skip
 
 
-def _spend(row: tuple[bytes, int, str, str, float, float, int, bytes]) -> Spend:
-    study, number, kind, unit, rate, noise, steps, _ = row
+def _spend(row: tuple[bytes, int, str, str, float, float, int, int, bytes]) -> Spend:
+    study, number, kind, unit, rate, noise, steps, honest, _ = row
     if kind not in KINDS or unit not in UNITS:
         raise LocalProtocolError("expected a known kind of spend in the ledger, got another")
     event, known_unit = None, UNITS[unit]
     if known_unit is not None:
-        event = SpendEvent(sampling_rate=rate, noise_multiplier=noise, steps=steps, unit=known_unit)
+        event = SpendEvent(
+            sampling_rate=rate, noise_multiplier=noise, steps=steps, unit=known_unit,
+            honest_sites=honest,
+        )  # fmt: skip
     return Spend(study=study, round=number, kind=KINDS[kind], event=event)
 
 
 def _digest(spend: Spend, previous: bytes) -> bytes:
-    study, number, kind, unit, rate, noise, steps = _row(spend)
+    study, number, kind, unit, rate, noise, steps, honest = _row(spend)
     numbers = struct.pack(">dd", rate, noise)
-    parts = (previous, study, number, kind.encode(), unit.encode(), numbers, steps)
+    parts = (previous, study, number, kind.encode(), unit.encode(), numbers, steps, honest)
     return hashlib.sha256(encode_parts(*parts)).digest()

@@ -38,7 +38,7 @@ def private_plan(study: Study, samples: Samples, noise_multiplier: float) -> Pri
     privacy = study.privacy
     units = protected_units(study, samples)
     return PrivateStepPlan(
-        sample_rate=min(1.0, study.training.batch_size / units),
+        sample_rate=study.sampling_rate(units),
         noise_multiplier=noise_multiplier,
         clip_norm=privacy.clip_norm,
         steps=study.steps_per_round(units),
@@ -47,6 +47,7 @@ def private_plan(study: Study, samples: Samples, noise_multiplier: float) -> Pri
         engine=privacy.engine,
         physical_batch=privacy.physical_batch,
         augmentation_multiplicity=privacy.augmentation_multiplicity,
+        honest_sites=privacy.honest_sites,
     )
 
 

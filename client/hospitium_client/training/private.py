@@ -34,7 +34,9 @@ class PrivateStepPlan:
     """How a site trains in one round, all of it fixed before any data is touched.
 
     ``sample_rate`` is the probability of each unit per step; ``records_per_patient`` caps what
-    a patient brings to a step; ``physical_batch`` bounds memory and changes nothing else.
+    a patient brings to a step; ``physical_batch`` bounds memory and changes nothing else. With
+    ``honest_sites`` > 1 the site adds only its share of the noise, 1/√honest_sites of it: the
+    others in the masked sum add theirs.
     """
 
     sample_rate: float
@@ -46,6 +48,7 @@ class PrivateStepPlan:
     engine: Literal["fast", "opacus"]
     physical_batch: int
     augmentation_multiplicity: int = 1
+    honest_sites: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.sample_rate <= 1:
@@ -55,7 +58,7 @@ class PrivateStepPlan:
             if not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"expected a positive {name}, got {value:g}")
         counts = ("steps", "records_per_patient", "physical_batch", "augmentation_multiplicity")
-        for name in counts:
+        for name in (*counts, "honest_sites"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"expected {name} of at least 1, got {getattr(self, name)}")
 
@@ -67,7 +70,13 @@ class PrivateStepPlan:
             noise_multiplier=self.noise_multiplier,
             steps=self.steps,
             unit=self.unit,
+            honest_sites=self.honest_sites,
         )
+
+    @property
+    def own_noise(self) -> float:
+        """Standard deviation of the noise that this site adds to a clipped sum."""
+        return self.noise_multiplier * self.clip_norm / math.sqrt(self.honest_sites)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +112,8 @@ def train_privately(
     after the noise, so it costs nothing.
 
     **Guarantees:** the released weights are (epsilon, delta)-private for the units of the plan,
-    with the epsilon that `accounting` computes from ``plan.event``.
+    with the epsilon that `accounting` computes from ``plan.event``. With ``honest_sites`` > 1 that
+    is true of the sum over the sites only, and for one step of plain SGD.
     """
     check_layers(model)
     if len(samples) == 0:
@@ -143,7 +153,7 @@ def train_privately(
             records += len(losses)
         seen += drawn.units
         for parameter in trained:
-            spread = noise.normal(parameter.shape, plan.noise_multiplier * plan.clip_norm)
+            spread = noise.normal(parameter.shape, plan.own_noise)
             gradient = (total[id(parameter)] + spread.to(parameter.device)) / expected
             if proximal is not None:
                 pull = parameter.detach() - proximal[1][names[id(parameter)]]

@@ -100,11 +100,18 @@ def largest_value(policy: SecAggPolicy) -> int:
 
 
 def quantise(
-    values: NDArray[np.float32], quantiser: Quantiser, policy: SecAggPolicy, dither_key: bytes
+    values: NDArray[np.float32],
+    quantiser: Quantiser,
+    policy: SecAggPolicy,
+    dither_key: bytes,
+    *,
+    wraps: bool = False,
 ) -> tuple[Words, int]:
     """Return ring elements ``[size]`` and how many values were clipped at their bound.
 
-    ``dither_key`` is 32 fresh secret bytes: whoever knows it can undo part of the rounding.
+    ``dither_key`` is 32 fresh secret bytes: whoever knows it can undo part of the rounding. With
+    ``wraps`` nothing is clipped: what lies beyond the bound wraps around the ring, so that the
+    sum is a function of the sum of the rounded values and of nothing else.
 
     Raises:
         LocalProtocolError: the vector has another length or holds NaN or infinity.
@@ -120,10 +127,13 @@ def quantise(
     dithers = keystream_in_chunks(dither_key, (2 * (end - begin) for begin, end, _ in chunks))
     for (begin, end, bound), dither in zip(chunks, dithers, strict=True):
         scaled = values[begin:end] * np.float64(limit / bound)
-        if not (-limit <= scaled.min() and scaled.max() <= limit):  # also where there is NaN
+        beyond = not (-limit <= scaled.min() and scaled.max() <= limit)  # also where there is NaN
+        if beyond and not wraps:
             clipped += _clip(scaled, limit)
         scaled += np.frombuffer(dither, np.uint16) * np.float64(2.0**-16)
         np.floor(scaled, out=scaled)
+        if beyond and wraps:
+            _wrap(scaled, policy.ring_bits)
         words[begin:end] = scaled.astype(np.int32).astype(words.dtype)
     if policy.ring_bits == 24:
         words &= np.uint32(0xFFFFFF)
@@ -145,6 +155,22 @@ def _clip(scaled: NDArray[np.float64], limit: int) -> int:
     beyond = int(np.count_nonzero(np.abs(scaled) > limit))
     np.clip(scaled, -limit, limit, out=scaled)
     return beyond
+
+
+def _wrap(whole: NDArray[np.float64], ring_bits: RingBits) -> None:
+    """Bring whole numbers into the signed range of the ring."""
+    if not np.isfinite(whole).all():
+        raise LocalProtocolError("expected finite values in the update, got NaN or infinity")
+    half, size = 2.0 ** (ring_bits - 1), 2.0**ring_bits
+    whole += half
+    np.mod(whole, size, out=whole)
+    whole -= half
+
+
+def step_sizes(quantiser: Quantiser, policy: SecAggPolicy) -> tuple[float, ...]:
+    """Return the distance of neighbouring encoded values, per tensor."""
+    limit = largest_value(policy) - 1
+    return tuple(bound / limit for bound in quantiser.bounds)
 
 
 def sum_to_reals(words: Words, quantiser: Quantiser, policy: SecAggPolicy) -> NDArray[np.float64]:

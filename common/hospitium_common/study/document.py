@@ -86,6 +86,45 @@ class Study(Section):
                 f"expected cohort.maximum_sites ≥ {smallest} for {self.robustness.groups} groups "
                 f"of at least cohort.minimum_sites, got {self.cohort.maximum_sites}"
             )
+        if self.training.sampling_rate is not None and not self.is_private:
+            raise ValueError('expected no training.sampling_rate with privacy.mode = "none"')
+        return self
+
+    @model_validator(mode="after")
+    def _distributed_noise_adds_up(self) -> Self:
+        """Only a sum of clipped sums carries shares of noise; nothing may come before the sum."""
+        if not self.noise_is_distributed:
+            return self
+        training, honest, smallest = (
+            self.training, self.privacy.honest_sites, self.cohort.minimum_sites,
+        )  # fmt: skip
+        plain = training.local_steps == 1 and training.optimizer == "sgd"
+        for broken, reason in (
+            (
+                training.sampling_rate is None,
+                "training.sampling_rate: all sites have to draw patients with one probability",
+            ),
+            (
+                not plain or training.weight_decay > 0,
+                "training.local_steps = 1 of plain sgd without weight decay: what follows a first "
+                "step would depend on one site's share of the noise alone",
+            ),
+            (
+                self.strategy.local_norms,
+                "strategy.local_norms = false: what stays at a site has one share of noise only",
+            ),
+            (
+                self.robustness.update_norm is not None,
+                "no robustness.update_norm: its scale would tell of an update with one share",
+            ),
+            (
+                honest > smallest,
+                f"privacy.honest_sites ≤ cohort.minimum_sites, got {honest} and {smallest}: a "
+                "smaller cohort would carry too little noise",
+            ),
+        ):
+            if broken:
+                raise ValueError(f'privacy.noise = "distributed": expected {reason}')
         return self
 
     @property
@@ -105,12 +144,25 @@ class Study(Section):
         """Whether sites train with differential privacy."""
         return self.privacy.mode == "dp"
 
+    @property
+    def noise_is_distributed(self) -> bool:
+        """Whether a site adds a share of the noise only, so that its update alone may not leave."""
+        return self.privacy.noise == "distributed"
+
+    def sampling_rate(self, units: int) -> float:
+        """Probability of each of a site's ``units`` training patients (or records) per step."""
+        if self.training.sampling_rate is not None:
+            return self.training.sampling_rate
+        return min(1.0, self.training.batch_size / units)
+
     def steps_per_round(self, units: int) -> int:
         """Optimizer steps that a site with ``units`` training patients (or records) makes."""
         if self.training.local_steps is not None:
             return self.training.local_steps
         assert self.training.local_epochs is not None  # noqa: S101 - Training's validator: one of the two
-        return max(1, math.ceil(self.training.local_epochs * units / self.training.batch_size))
+        epochs, rate = self.training.local_epochs, self.training.sampling_rate
+        steps = epochs * units / self.training.batch_size if rate is None else epochs / rate
+        return max(1, math.ceil(steps))
 
     def learning_rate(self, training_round: int) -> float:
         """The sites' learning rate in training round 1, 2, … of the study."""

@@ -47,8 +47,20 @@ def promise(study: Study) -> str:
     return (
         f"Whatever anyone learns from all model updates of a hospital over the whole study would "
         f"have been nearly as likely without any one {unit}: epsilon {privacy.epsilon:g}, delta "
-        f"{delta}, with the noise added inside the hospital; counts and scores leave as exact "
+        f"{delta}, {_noise(study)}; counts and scores leave as exact "
         f"totals over {_summed(study)} and are not part of this promise."
+    )
+
+
+def _noise(study: Study) -> str:
+    if not study.noise_is_distributed:
+        return "with the noise added inside the hospital"
+    honest = study.privacy.honest_sites
+    return (
+        f"with a share of the noise (1/√{honest}) added inside each hospital. No hospital keeps "
+        f"this promise alone: it holds for the sum over {_summed(study)} if at least {honest} of "
+        "the hospitals in it keep to the protocol and do not share what they know with the "
+        "coordinator, and it is weaker if fewer do"
     )
 
 
@@ -83,6 +95,11 @@ def _data(study: Study) -> str:
 
 def _training(study: Study) -> str:
     training = study.training
+    batch = (
+        f"{training.batch_size}"
+        if training.sampling_rate is None
+        else f"{training.sampling_rate:.2%} of its patients"
+    )
     length = (
         f"{training.local_steps} steps"
         if training.local_steps is not None
@@ -90,7 +107,7 @@ def _training(study: Study) -> str:
     )
     return (
         f"A {study.model.name}, {study.rounds} rounds; in each, every hospital makes {length} in "
-        f"batches of {training.batch_size} with {training.optimizer}; the coordinator then takes "
+        f"batches of {batch} with {training.optimizer}; the coordinator then takes "
         f"{STRATEGIES[study.strategy.name]}."
     )
 

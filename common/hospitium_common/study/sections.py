@@ -48,12 +48,14 @@ class Training(Section):
     """``[training]``: what one site does in one round.
 
     Exactly one of ``local_epochs`` and ``local_steps`` decides how long a site trains. With
-    privacy on, a batch is a Poisson sample of ``batch_size`` units on average.
+    privacy on, a batch is a Poisson sample of ``batch_size`` units on average, or, where
+    ``sampling_rate`` is given, of that share of every site's units.
     """
 
     local_epochs: Positive | None = None
     local_steps: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=64, gt=0)
+    sampling_rate: float | None = Field(default=None, gt=0, le=1)
     optimizer: Literal["sgd", "adam", "rmsprop"] = "sgd"
     learning_rate: Positive = 0.05
     schedule: Literal["constant", "cosine"] = "constant"
@@ -78,6 +80,10 @@ class Privacy(Section):
 
     ``mode = "none"`` trains without differential privacy and needs the site's consent too.
     ``delta`` defaults to 1/N^1.1 for the N patients of each site.
+
+    With ``noise = "local"`` every site adds all the noise that its own promise needs. With
+    ``"distributed"`` it adds 1/√honest_sites of it, and the sum of a round has enough as long as
+    that many of its sites keep to the protocol and share nothing with the coordinator.
     """
 
     mode: Literal["dp", "none"] = "dp"
@@ -89,6 +95,8 @@ class Privacy(Section):
     engine: Literal["fast", "opacus"] = "fast"
     physical_batch: int = Field(default=256, gt=0)
     augmentation_multiplicity: int = Field(default=1, gt=0, le=32)
+    noise: Literal["local", "distributed"] = "local"
+    honest_sites: int = Field(default=1, ge=1, le=200)
 
     @model_validator(mode="after")
     def _epsilon_with_dp(self) -> Self:
@@ -96,6 +104,20 @@ class Privacy(Section):
             raise ValueError('expected epsilon with mode = "dp", got none')
         if self.mode == "none" and self.epsilon is not None:
             raise ValueError('expected no epsilon with mode = "none", which promises none')
+        return self
+
+    @model_validator(mode="after")
+    def _who_adds_the_noise(self) -> Self:
+        if (self.noise == "distributed") != (self.honest_sites > 1):
+            raise ValueError(
+                'expected honest_sites of at least 2 exactly when noise = "distributed", got '
+                f"{self.honest_sites} with {self.noise!r}"
+            )
+        if self.noise == "distributed" and (self.mode == "none" or self.delta is None):
+            raise ValueError(
+                'expected mode = "dp" and a delta with noise = "distributed": all sites have to '
+                "calibrate the same noise"
+            )
         return self
 
 
