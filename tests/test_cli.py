@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "study new", "study check", "site review", "site approve", "site revoke", "site ledger",
     "data check", "data convert medmnist", "coordinator init", "coordinator sign",
-    "coordinator models", "simulate", "demo",
+    "coordinator models", "coordinator enroll", "coordinator admission", "coordinator revoke",
+    "coordinator renew", "coordinator roster", "simulate", "demo",
 ]  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def test_a_coordinator_signs_a_study_and_a_hospital_reviews_approves_and_revokes
     steps = [
         ("study new my-study.toml --task ehr_sequence_classification", "Wrote my-study.toml"),
         ("study check my-study.toml", "What is promised?"),
-        ("coordinator init", "fingerprint"),
+        ("coordinator init net --host localhost", "fingerprint"),
         ("coordinator sign my-study.toml", "my-study.toml.sig"),
         ("site review my-study.toml", "keeps this hospital's rules"),
         ("site approve my-study.toml", "Approved icu-mortality"),
@@ -43,7 +44,7 @@ def test_a_coordinator_signs_a_study_and_a_hospital_reviews_approves_and_revokes
         done = hospitium(step, tmp_path)
         assert done.returncode == 0, (step, done.stderr)
         assert expected in done.stdout, step
-    assert (tmp_path / "coordinator.key").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "coordinator/keys/coordinator.key").stat().st_mode & 0o777 == 0o600
     assert "approved = []" in (tmp_path / "policy.toml").read_text()
 
 
@@ -79,7 +80,7 @@ def test_is_refused_in_one_line_without_a_traceback(case, tmp_path):
 
 
 def test_a_changed_study_no_longer_has_its_signature(tmp_path):
-    for step in ("study new a.toml", "coordinator init", "coordinator sign a.toml"):
+    for step in ("study new a.toml", "coordinator init net --host h1", "coordinator sign a.toml"):
         assert hospitium(step, tmp_path).returncode == 0
     study = tmp_path / "a.toml"
     study.write_text(study.read_text().replace("epsilon = 8.0", "epsilon = 80.0"))

@@ -11,31 +11,28 @@ from rich.table import Table
 
 from hospitium_common.errors import ConfigError
 from hospitium_common.study import load_study
-from hospitium_common.study.signature import fingerprint, sign_study
-from hospitium_server.keys import load_key, make_key
+from hospitium_common.study.signature import sign_study
+from hospitium_server import enrolment_cli
+from hospitium_server.keys import load_key
 from hospitium_server.registry import Registry
+from hospitium_server.settings import CoordinatorHome
 
-app = typer.Typer(help="Sign studies and look at their models.", no_args_is_help=True)
+app = typer.Typer(help="Found a federation, enroll hospitals, sign studies.", no_args_is_help=True)
 
-KeyFile = Annotated[Path, typer.Option(help="The coordinator's key file.")]
-
-
-@app.command()
-def init(key: KeyFile = Path("coordinator.key")) -> None:
-    """Make the coordinator's signing key (Ed25519) in a file that only you can read."""
-    public = make_key(key).public_key().public_bytes_raw()
-    Console().print(f"Wrote {key}. Its fingerprint, for hospitals to compare by telephone:")
-    Console().print(fingerprint(public), style="bold")
+app.add_typer(enrolment_cli.app)
 
 
 @app.command()
 def sign(
     study: Annotated[Path, typer.Argument(help="The study file.")],
-    key: KeyFile = Path("coordinator.key"),
+    home: enrolment_cli.Home = enrolment_cli.HERE,
+    key: Annotated[
+        Path | None, typer.Option(help="The coordinator's key, if not in the folder's keys/.")
+    ] = None,
 ) -> None:
     """Sign a study; hospitals check the signature before they look any further."""
     document = load_study(study)
-    path = sign_study(document, study, load_key(key))
+    path = sign_study(document, study, load_key(key or CoordinatorHome(home).coordinator_key))
     Console().print(f"Wrote {path}. Send both files to the hospitals.")
 
 
