@@ -33,7 +33,7 @@ def test_a_coordinator_signs_a_study_and_a_hospital_reviews_approves_and_revokes
     steps = [
         ("study new my-study.toml --task ehr_sequence_classification", "Wrote my-study.toml"),
         ("study check my-study.toml", "What is promised?"),
-        ("coordinator init net --host localhost", "fingerprint"),
+        ("coordinator init net --host localhost", "Fingerprints"),
         ("coordinator sign my-study.toml", "my-study.toml.sig"),
         ("site review my-study.toml", "keeps this hospital's rules"),
         ("site approve my-study.toml", "Approved icu-mortality"),
