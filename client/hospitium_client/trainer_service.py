@@ -204,11 +204,10 @@ def in_frames(data: bytes) -> Iterator[bytes]:
 
 
 def checked(socket: Path) -> Path:
-    """Return the path of a socket that the kernel accepts, its directory made and private."""
+    """Return a socket's path if the kernel accepts it."""
     if len(os.fsencode(socket)) > LONGEST_PATH:
         raise ConfigError(
             f"{socket}: expected a socket's path of at most {LONGEST_PATH} bytes; choose a "
             "shorter one with --socket"
         )
-    socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     return socket
