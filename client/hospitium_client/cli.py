@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hospitium_client.policy import SitePolicy
+from hospitium_client.policy import NEW_POLICY, SitePolicy
 from hospitium_client.protection.ledger import Ledger
 from hospitium_common.durable import write_durably
 from hospitium_common.errors import ConfigError
@@ -23,17 +23,6 @@ app = typer.Typer(help="A hospital's own decisions and books.", no_args_is_help=
 
 PolicyFile = Annotated[Path, typer.Option(help="The site's rules; made if it is not there.")]
 StudyFile = Annotated[Path, typer.Argument(help="The study file, its .sig beside it.")]
-NEW_POLICY = """\
-# What this hospital allows. Whatever is not approved here is refused.
-approved = []                       # digests; `hospitium site approve STUDY` adds one
-minimum_sites = 5                   # never in a sum over fewer hospitals
-largest_epsilon = 8.0
-allow_training_without_privacy = false
-allow_record_level_privacy = false
-largest_weight = 10000
-most_rounds = 200
-smallest_count = 10                 # figures about fewer patients never leave
-"""
 
 
 @app.command()

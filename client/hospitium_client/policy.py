@@ -7,6 +7,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from hospitium_common.errors import NotApproved
 from hospitium_common.study import Study
 
+NEW_POLICY = """\
+# What this hospital allows. Whatever is not approved here is refused.
+approved = []                       # digests; `hospitium site approve STUDY` adds one
+minimum_sites = 5                   # never in a sum over fewer hospitals
+largest_epsilon = 8.0
+allow_training_without_privacy = false
+allow_record_level_privacy = false
+largest_weight = 10000
+most_rounds = 200
+smallest_count = 10                 # figures about fewer patients never leave
+"""
+
 
 class SitePolicy(BaseModel):
     """The rules of one site; the defaults are the strict ones.
