@@ -129,7 +129,7 @@ def test_the_tails_of_sites_add_up_to_the_sums_over_all_their_records(records, s
         part = binary_sums(logits[own], targets[own])
         total += layout.pack(
             TrainingSums(
-                weight=len(logits[own]), clipped=1, steps=2, dropped=0,
+                weight=len(logits[own]), clipped=1, steps=2, dropped=0, scaled_down=0,
                 second_moments=(0.5, 2.0), validation=part,
             )
         )  # fmt: skip
@@ -169,7 +169,7 @@ def test_what_is_packed_for_each_purpose_is_read_back(study):
     np.testing.assert_array_equal(read.features, statistics.features)
 
     training = TrainingSums(
-        weight=10, clipped=2, steps=3, dropped=4, second_moments=(0.25, 0.0, 1.5),
+        weight=10, clipped=2, steps=3, dropped=4, scaled_down=0, second_moments=(0.25, 0.0, 1.5),
         validation=some(),
     )  # fmt: skip
     again = layout.training(layout.pack(training))
@@ -200,7 +200,7 @@ def test_every_purpose_has_a_tail_of_the_same_length(tensors, features):
         ),
         layout.pack(
             TrainingSums(
-                weight=0, clipped=0, steps=0, dropped=0, second_moments=(0.0,) * tensors,
+                weight=0, clipped=0, steps=0, dropped=0, scaled_down=0, second_moments=(0.0,) * tensors,
                 validation=nothing,
             )
         ),
@@ -214,7 +214,7 @@ def test_every_purpose_has_a_tail_of_the_same_length(tensors, features):
 def test_the_largest_words_of_255_sites_add_up_without_wrapping():
     layout = TailLayout(study=TWO, tensors=1, features=0)
     largest = TrainingSums(
-        weight=LARGEST_WORD, clipped=LARGEST_WORD, steps=0, dropped=0,
+        weight=LARGEST_WORD, clipped=LARGEST_WORD, steps=0, dropped=0, scaled_down=0,
         second_moments=(math.inf,), validation=EvaluationSums.nothing(TWO),
     )  # fmt: skip
     total = np.zeros(layout.length, np.uint64)
@@ -249,7 +249,7 @@ def test_fixed_point_is_off_by_at_most_half_a_step(value):
 def test_a_word_that_could_not_be_added_up_safely_is_refused(word):
     layout = TailLayout(study=TWO, tensors=0, features=0)
     sums = TrainingSums(
-        weight=word, clipped=0, steps=0, dropped=0, second_moments=(),
+        weight=word, clipped=0, steps=0, dropped=0, scaled_down=0, second_moments=(),
         validation=EvaluationSums.nothing(TWO),
     )  # fmt: skip
     with pytest.raises(LocalProtocolError, match="from 0 to 2\\^55"):
@@ -259,7 +259,7 @@ def test_a_word_that_could_not_be_added_up_safely_is_refused(word):
 def test_noting_what_was_clipped_changes_that_word_alone_and_in_a_copy():
     layout = TailLayout(study=TWO, tensors=2, features=0)
     sums = TrainingSums(
-        weight=9, clipped=0, steps=8, dropped=7, second_moments=(0.5, 0.25),
+        weight=9, clipped=0, steps=8, dropped=7, scaled_down=0, second_moments=(0.5, 0.25),
         validation=binary_sums([1.0, -1.0], [1, 1]),
     )  # fmt: skip
     tail = layout.pack(sums)

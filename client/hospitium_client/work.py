@@ -54,6 +54,22 @@ class Contribution:
     tail: NDArray[np.uint64]
 
 
+def shortened(
+    update: NDArray[np.float32], longest: float | None
+) -> tuple[NDArray[np.float32], bool]:
+    """Scale an update down to the norm that the study allows; say whether it was longer.
+
+    A millionth is left for rounding to float32. Under differential privacy this comes after the
+    noise and costs nothing.
+    """
+    if longest is None:
+        return update, False
+    norm = float(np.linalg.norm(update.astype(np.float64)))
+    if norm <= longest:
+        return update, False
+    return (update * (longest * (1 - 1e-6) / norm)).astype(np.float32), True
+
+
 class SiteWork:
     """One site's data for one study, and what it does with it round by round."""
 
@@ -132,7 +148,8 @@ class SiteWork:
         if study.is_private:
             totals = train_with_privacy(
                 self._model, train, study, training_round,
-                plan=self.plan(normalisation), entropy=entropy, on_step=self._on_step,
+                plan=self.plan(normalisation), home=self.home, entropy=entropy,
+                on_step=self._on_step,
             )  # fmt: skip
         else:
             totals = train_without_privacy(
@@ -143,7 +160,8 @@ class SiteWork:
         self._keep_norms(after)
         moved = self.layout.flatten({name: after[name] for name in self.layout.names})
         weight = self._weight(train)
-        scaled = ((moved - parameters) * (weight / study.cohort.weight_cap)).astype(np.float32)
+        update, was_longer = shortened(moved - parameters, study.robustness.update_norm)
+        scaled = (update * (weight / study.cohort.weight_cap)).astype(np.float32)
         ends = np.cumsum(self.layout.lengths)[:-1]
         sums = TrainingSums(
             weight=weight,
@@ -151,6 +169,7 @@ class SiteWork:
             steps=totals.steps,
             # A count that depends on single patients: with a promise to them it stays here.
             dropped=0 if study.is_private else totals.dropped_non_finite,
+            scaled_down=int(was_longer),
             # With a share of the noise only the sum of all updates may be known: no other figure.
             second_moments=tuple(
                 0.0 if study.noise_is_distributed else float((piece.astype(np.float64) ** 2).sum())

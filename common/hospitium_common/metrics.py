@@ -104,13 +104,15 @@ class TrainingSums:
     """Beside an update: its weight, what was clipped, and how the model did that was received.
 
     ``second_moments`` are the sums of squares per tensor of the weighted update; the next
-    round's quantiser takes its bounds from them.
+    round's quantiser takes its bounds from them. ``scaled_down`` counts the sites (at one site:
+    0 or 1) whose update was longer than the study allows.
     """
 
     weight: int
     clipped: int
     steps: int
     dropped: int
+    scaled_down: int
     second_moments: tuple[float, ...]
     validation: EvaluationSums
 
@@ -195,7 +197,7 @@ class TailLayout:
         """Words in a tail."""
         statistics = 1 + len(self.study.task.classes) + 3 * self.features
         return max(
-            statistics, 4 + self.tensors + self._evaluation_words, 2 * self._evaluation_words
+            statistics, 5 + self.tensors + self._evaluation_words, 2 * self._evaluation_words
         )
 
     def pack(self, sums: StatisticsSums | TrainingSums | EvaluationTotals) -> NDArray[np.uint64]:
@@ -208,7 +210,8 @@ class TailLayout:
             parts = [np.array([sums.records]), sums.class_counts, sums.features.ravel()]
         elif isinstance(sums, TrainingSums):
             moments = [_fixed(moment, MOMENT_SCALE) for moment in sums.second_moments]
-            head = [sums.weight, sums.clipped, sums.steps, sums.dropped, *moments]
+            counts = [sums.weight, sums.clipped, sums.steps, sums.dropped, sums.scaled_down]
+            head = [*counts, *moments]
             parts = [np.array(head), sums.validation.words()]
         else:
             parts = [sums.validation.words(), sums.test.words()]
@@ -232,12 +235,13 @@ class TailLayout:
     def training(self, totals: NDArray[np.uint64]) -> TrainingSums:
         """Read the totals of a training round."""
         words = totals.view(np.int64)
-        moments, rest = np.split(words[4:], [self.tensors])
+        moments, rest = np.split(words[5:], [self.tensors])
         return TrainingSums(
             weight=int(words[0]),
             clipped=int(words[1]),
             steps=int(words[2]),
             dropped=int(words[3]),
+            scaled_down=int(words[4]),
             second_moments=tuple(float(word) / MOMENT_SCALE for word in moments),
             validation=EvaluationSums.from_words(rest[: self._evaluation_words], self.study),
         )

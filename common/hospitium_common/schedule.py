@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 NUMBERS_PER_STAGE = 16
 STATISTICS_STAGE = 1
+SMALLEST_MEDIAN = 3
+"""Of fewer groups, a bad one decides: a round with groups needs as many that came to a sum."""
 
 
 def training_stage(training_round: int) -> int:

@@ -27,7 +27,7 @@ from hospitium_common.secagg.masks import Mask, add_masks
 from hospitium_common.secagg.sealing import cipher_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 def result_digest(words: NDArray[Any], tail: NDArray[np.uint64]) -> bytes:
     """Digest of the announced integer sum; the next task names it as the previous result."""
     return payload_digest(Label.RESULT, words.tobytes(), tail.tobytes())
+
+
+def announced(results: Sequence[bytes]) -> bytes:
+    """Return what the next task names: a round's result, or one digest over those of its groups."""
+    return results[0] if len(results) == 1 else payload_digest(Label.RESULT, *results)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +125,10 @@ def check_inclusion(
 
 def audit(
     transcript: Transcript, roster: Roster, policy: SecAggPolicy, masked: Iterable[Masked]
-) -> None:
+) -> tuple[NDArray[Any], NDArray[np.uint64]]:
     """Recompute the integer sum from the signed masked vectors and the released seeds.
+
+    Returns the sum of the ring elements ``[size]`` and of the tails ``[tail_len]``.
 
     Raises:
         PeerProtocolError: the announced result is not that sum, or something is not signed.
@@ -150,6 +157,7 @@ def audit(
         words &= np.uint32(0xFFFFFF)
     if result_digest(words, tail) != transcript.result:
         raise PeerProtocolError("the announced result is not the sum of the vectors", blame=0)
+    return words, tail
 
 
 def unmasking_keys(
@@ -205,34 +213,48 @@ def _rows(reader: Reader) -> list[bytes]:
 
 def _check_signatures(transcript: Transcript, roster: Roster, policy: SecAggPolicy) -> bytes:
     """Check everything that is signed, and that enough survivors confirmed; return the cohort."""
+    for fault in signature_faults(transcript, roster, policy):
+        raise fault
+    context = round_context(transcript.task, roster, policy)
+    return cohort_digest(context, [answer.head for answer in transcript.ready.values()])
+
+
+def signature_faults(
+    transcript: Transcript, roster: Roster, policy: SecAggPolicy
+) -> Iterator[PeerProtocolError]:
+    """Yield everything that is not signed by whom it names, or that too few sites confirmed."""
     task = transcript.task
     context = round_context(task, roster, policy)
     if transcript.roster_digest != roster.digest or not is_signed_by(
         roster.coordinator, task.signature, Label.TASK, context
     ):
-        raise PeerProtocolError("the transcript is not of a task for this roster and study", 0)
+        yield PeerProtocolError("the transcript is not of a task for this roster and study", 0)
     if not set(transcript.ready) <= set(task.invited) <= set(roster.sites):
-        raise PeerProtocolError("expected a cohort of invited, enrolled sites, got others", 0)
+        yield PeerProtocolError("expected a cohort of invited, enrolled sites, got others", 0)
+        return
     for site, answer in transcript.ready.items():
         if not is_signed_by(
             roster.sites[site].sign, answer.signature, Label.READY, *answer.head.parts()
         ):
-            raise PeerProtocolError(f"site {site}: its READY head is not signed by it", 0)
-        if answer.head.context != context or not answer.is_whole(task.invited):
-            raise PeerProtocolError(f"site {site}: its READY is not the one it signed", 0)
+            yield PeerProtocolError(f"site {site}: its READY head is not signed by it", 0)
+        elif answer.head.context != context or not answer.is_whole(task.invited):
+            yield PeerProtocolError(f"site {site}: its READY is not the one it signed", 0)
     cohort = cohort_digest(context, [answer.head for answer in transcript.ready.values()])
     for site, (digest, signature) in transcript.digests.items():
         if site not in transcript.ready or not is_signed_by(
             roster.sites[site].sign, signature, Label.MASKED, context, cohort, site, digest
         ):
-            raise PeerProtocolError(f"site {site}: its digest is not signed by it", 0)
+            yield PeerProtocolError(f"site {site}: its digest is not signed by it", 0)
     digests = {site: digest for site, (digest, _) in transcript.digests.items()}
     root = survivors_digest(context, cohort, digests)
     confirmed = sum(
-        site in digests and is_signed_by(roster.sites[site].sign, signature, Label.ACK, root)
+        site in digests
+        and site in transcript.ready
+        and is_signed_by(roster.sites[site].sign, signature, Label.ACK, root)
         for site, signature in transcript.acks.items()
     )
-    threshold = policy.threshold(len(task.invited))
+    threshold, floor = policy.threshold(len(task.invited)), policy.floor(len(task.invited))
     if confirmed < threshold:
-        raise PeerProtocolError(f"expected {threshold} confirmations, got {confirmed}", blame=0)
-    return cohort
+        yield PeerProtocolError(f"expected {threshold} confirmations, got {confirmed}", blame=0)
+    if len(digests) < floor:
+        yield PeerProtocolError(f"expected {floor} survivors, got {len(digests)}", blame=0)

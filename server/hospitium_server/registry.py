@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sqlite3
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from hospitium_server.aggregation import OptimizerState
 from hospitium_server.evaluation import Figures
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -36,6 +38,9 @@ CREATE TABLE IF NOT EXISTS versions (
     round TEXT NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS figures (number INTEGER PRIMARY KEY, validation TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS scores (number INTEGER PRIMARY KEY, score REAL) STRICT;
+CREATE TABLE IF NOT EXISTS withdrawn (number INTEGER PRIMARY KEY, reason TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS evaluations (number INTEGER PRIMARY KEY, totals BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS attempts (
     round INTEGER PRIMARY KEY,
     last INTEGER NOT NULL,
@@ -46,11 +51,29 @@ CREATE TABLE IF NOT EXISTS epochs (number INTEGER PRIMARY KEY) STRICT;
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupRecord:
+    """One secure sum of a training round: over whom, their total weight, the mean's norm.
+
+    ``norm_bound`` is the largest norm that the study allows; ``rejected`` says why the sum was
+    not used.
+    """
+
+    survivors: tuple[int, ...]
+    weight: int = 0
+    norm: float = 0.0
+    norm_bound: float = 0.0
+    rejected: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundRecord:
     """What happened in the round that made a version; ``missing`` says who was not there, why.
 
     ``quantisation_error`` is a bound on the rounding error's norm relative to the update's.
-    ``lost`` marks a round that was cut off while it was unmasked; its model is the one before.
+    ``lost`` marks a round that was cut off while it was unmasked, ``rejected`` says why a round's
+    update was not used: in both cases the model is the one of version ``model_of``. ``withdrawn``
+    says why the version's model does not count: later rounds went back to the one before.
+    ``records`` are those of the statistics round, a ceiling of the weights.
     """
 
     round: int
@@ -61,12 +84,19 @@ class RoundRecord:
     bytes_sent: int = 0
     bytes_received: int = 0
     update_norm: float = 0.0
+    norm_bound: float = 0.0
     quantisation_error: float = 0.0
     clipped_fraction: float = 0.0
+    scaled_down: int = 0
     dropped_contributions: int = 0
     second_moments: tuple[float, ...] = ()
     result: str = ""
     lost: bool = False
+    groups: tuple[GroupRecord, ...] = ()
+    records: int = 0
+    rejected: str = ""
+    withdrawn: str = ""
+    model_of: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +203,45 @@ class Registry:
             (number, json.dumps(asdict(validation))),
         )
 
+    def note_score(self, number: int, score: float) -> None:
+        """Note by what the validation gate judges a version; higher is better, NaN undefined."""
+        value = None if math.isnan(score) else score
+        self._write("INSERT OR REPLACE INTO scores VALUES (?, ?)", (number, value))
+
+    def scores(self) -> dict[int, float]:
+        """Return every score that was noted, by version."""
+        with closing(self._database.execute("SELECT number, score FROM scores")) as rows:
+            return {int(n): math.nan if score is None else float(score) for n, score in rows}
+
+    def withdraw(self, numbers: Iterable[int], reason: str) -> None:
+        """Mark versions whose model does not count any more; all of them or none."""
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            for number in numbers:
+                self._write("INSERT OR IGNORE INTO withdrawn VALUES (?, ?)", (number, reason))
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    def standing(self, number: int) -> Version:
+        """Return the newest version up to ``number`` that was not withdrawn."""
+        query = (
+            "SELECT max(number) FROM versions WHERE number <= ? "
+            "AND number NOT IN (SELECT number FROM withdrawn)"
+        )
+        return self.load(int(self._database.execute(query, (number,)).fetchone()[0]))
+
+    def keep_evaluation(self, number: int, totals: NDArray[np.uint64]) -> None:
+        """Keep the totals of a version's evaluation: sites are not asked for them twice."""
+        self._write("INSERT OR IGNORE INTO evaluations VALUES (?, ?)", (number, totals.tobytes()))
+
+    def evaluation(self, number: int) -> NDArray[np.uint64] | None:
+        """Return the totals of a version's evaluation, if there was one."""
+        query = "SELECT totals FROM evaluations WHERE number = ?"
+        row = self._database.execute(query, (number,)).fetchone()
+        return None if row is None else np.frombuffer(row[0], np.uint64)
+
     def latest(self) -> Version | None:
         """Return the last version that is wholly on disk."""
         with closing(self._database.execute("SELECT max(number) FROM versions")) as rows:
@@ -186,7 +255,10 @@ class Registry:
             ConfigError: the file is missing or is not what was written.
         """
         path = self._file(number)
-        query = "SELECT digest, round FROM versions WHERE number = ?"
+        query = (
+            "SELECT digest, round, reason FROM versions LEFT JOIN withdrawn USING (number) "
+            "WHERE number = ?"
+        )
         row = self._database.execute(query, (number,)).fetchone()
         try:
             data = path.read_bytes()
@@ -202,19 +274,19 @@ class Registry:
                 first=tensors["optimizer.first"], second=tensors["optimizer.second"]
             ),
             normalisation=tensors["normalisation"].tobytes(),
-            record=_record(row[1]),
+            record=_record(row[1], row[2]),
         )
 
     def history(self) -> tuple[tuple[RoundRecord, Figures | None], ...]:
         """Return every version's round and, where known, its validation figures."""
         query = (
-            "SELECT round, validation FROM versions LEFT JOIN figures USING (number) "
-            "ORDER BY number"
+            "SELECT round, validation, reason FROM versions LEFT JOIN figures USING (number) "
+            "LEFT JOIN withdrawn USING (number) ORDER BY number"
         )
         with closing(self._database.execute(query)) as rows:
             return tuple(
-                (_record(made), None if seen is None else Figures(**json.loads(seen)))
-                for made, seen in rows
+                (_record(made, why), None if seen is None else Figures(**json.loads(seen)))
+                for made, seen, why in rows
             )
 
     def lineage(self) -> tuple[tuple[int, str, str], ...]:
@@ -255,9 +327,14 @@ def _open(directory: Path) -> sqlite3.Connection:
     return database
 
 
-def _record(text: str) -> RoundRecord:
+def _record(text: str, withdrawn: str | None) -> RoundRecord:
     fields = json.loads(text)
     fields["survivors"] = tuple(fields["survivors"])
     fields["second_moments"] = tuple(fields["second_moments"])
     fields["missing"] = {int(site): reason for site, reason in fields["missing"].items()}
+    fields["groups"] = tuple(
+        GroupRecord(**{**group, "survivors": tuple(group["survivors"])})
+        for group in fields.get("groups", ())
+    )
+    fields["withdrawn"] = withdrawn or ""
     return RoundRecord(**fields)

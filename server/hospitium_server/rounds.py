@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
-from hospitium_common.errors import HospitiumError, PeerProtocolError
+from hospitium_common.errors import HospitiumError
 from hospitium_common.messages import Purpose
+from hospitium_common.metrics import EvaluationSums
 from hospitium_common.normalisation import Normalisation
 from hospitium_common.schedule import (
     NUMBERS_PER_STAGE,
@@ -20,24 +18,21 @@ from hospitium_common.schedule import (
     secagg_policy,
     training_stage,
 )
-from hospitium_common.secagg.fixed_point import (
-    Quantiser,
-    bounds_from_second_moments,
-    rounding_error,
-)
-from hospitium_server import aggregation
+from hospitium_common.secagg.fixed_point import Quantiser, bounds_from_second_moments
+from hospitium_server import aggregation, selection
 from hospitium_server.evaluation import Figures, figures
 from hospitium_server.registry import Registry, RoundRecord, Version
 from hospitium_server.secure_sum import RoundPlan, RoundTotals
+from hospitium_server.steps import RoundInput, Step, model_of, round_record, score, take_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
     from numpy.typing import NDArray
 
-    from hospitium_common.metrics import EvaluationSums, EvaluationTotals, TailLayout, TrainingSums
+    from hospitium_common.metrics import EvaluationTotals, TailLayout
     from hospitium_common.parameters import Layout
-    from hospitium_common.secagg.policy import SecAggPolicy
     from hospitium_common.study import Study
 
 log = logging.getLogger(__name__)
@@ -88,6 +83,7 @@ class StudyRun:
         self._study, self._layout, self._tail_layout = study, layout, tail_layout
         self._registry, self._summing, self._watcher = registry, summing, watcher
         self._clock = clock
+        self._rejected_in_a_row = 0
 
     def run(self, first_parameters: NDArray[np.float32]) -> StudyResult:
         """Run every round that is not in the registry yet, then evaluate.
@@ -98,10 +94,10 @@ class StudyRun:
         version = self._registry.latest()
         if version is None:
             version = self._prepare(first_parameters)
-        stopped = self._has_stalled(version.number)
+        stopped = selection.has_stalled(self._study, self._registry.history())
         while version.number < self._study.rounds and not stopped:
             version = self._train(version)
-            stopped = self._has_stalled(version.number)
+            stopped = selection.has_stalled(self._study, self._registry.history())
         return self._conclude(version, stopped)
 
     def _prepare(self, parameters: NDArray[np.float32]) -> Version:
@@ -114,107 +110,111 @@ class StudyRun:
             parameters=parameters,
             optimizer=aggregation.start(self._study, self._layout.size),
             normalisation=normalisation.encode(),
-            record=_record(totals, 0, 0.0),
+            record=round_record(totals, 0, records=statistics.records),
         )
         self._registry.save(version)
         return version
 
     def _train(self, version: Version) -> Version:
-        study, number = self._study, version.number + 1
+        """Run the round after ``version``, from the newest model that counts."""
+        number, base = version.number + 1, self._judged(version.number)
         if self._registry.may_be_unmasked(protocol_round(training_stage(number))):
-            return self._skip(version)
+            return self._skip(number, base)
         begun = self._clock()
-        quantiser = self._quantiser(version, number)
+        quantiser = self._quantiser(base, number)
         totals = self._summing(
             RoundPlan(
                 number=protocol_round(training_stage(number)),
                 purpose=Purpose.TRAIN,
-                parameters=version.parameters,
-                public=version.normalisation,
+                parameters=base.parameters,
+                public=base.normalisation,
                 quantiser=quantiser,
             )
         )
-        sums = self._tail_layout.training(totals.tail)
-        share = study.cohort.weight_cap / self._plausible_weight(sums, len(totals.survivors))
-        mean_update = totals.vector * share
-        history = self._registry.history()
-        policy = self._policy(number)
-        sites = len(totals.survivors)
-        allowed = (
-            sites
-            * share
-            * math.sqrt(
-                sum(n * b**2 for n, b in zip(quantiser.lengths, quantiser.bounds, strict=True))
-            )
-        )
-        norms = [made.update_norm for made, _ in history if made.round > 0 and not made.lost]
-        norm = aggregation.check_aggregate(mean_update, norms, allowed)
-        optimizer, parameters = aggregation.apply(
-            study, version.optimizer, version.parameters, mean_update
-        )
-        record = _record(
-            totals, number, self._clock() - begun, update_norm=norm,
-            quantisation_error=rounding_error(quantiser, policy, sites) * share / max(norm, 1e-30),
-            clipped_fraction=sums.clipped / (sites * self._layout.size),
-            dropped_contributions=sums.dropped,
-            second_moments=self._second_moments(totals.vector, sums),
+        given = RoundInput(
+            study=self._study, tail_layout=self._tail_layout, number=number, base=base,
+            quantiser=quantiser, history=[made for made, _ in self._registry.history()],
         )  # fmt: skip
+        return self._accept(given, take_step(given, totals), begun)
+
+    def _accept(self, given: RoundInput, step: Step, begun: float) -> Version:
+        """Note how the base did, let the gate decide, and write the next version down."""
+        base, record = given.base, step.record
+        received = figures(self._nothing if step.received is None else step.received, self._study)
+        if step.received is not None:
+            self._registry.note(base.number, received)
+            self._registry.note_score(base.number, step.score)
         made = Version(
-            number=number, parameters=parameters, optimizer=optimizer,
-            normalisation=version.normalisation, record=record,
+            number=given.number, parameters=step.parameters, optimizer=step.optimizer,
+            normalisation=base.normalisation, record=record,
         )  # fmt: skip
-        received = figures(sums.validation, study)
-        self._registry.note(version.number, received)
+        good = self._judged(base.number)
+        if good.number != base.number:
+            reason = f"it was trained from version {base.number}, which was withdrawn"
+            made = self._unmoved(good, replace(record, rejected=reason))
+        made = replace(made, record=replace(made.record, seconds=self._clock() - begun))
         self._registry.save(made)
-        self._watcher.on_round(record, received)
+        self._watcher.on_round(made.record, received)
+        self._count_rejections(made.record)
         return made
 
-    def _second_moments(self, total: NDArray[np.float64], sums: TrainingSums) -> tuple[float, ...]:
-        """Return the squares of the sites' updates per tensor, for the next round's quantiser.
+    @property
+    def _nothing(self) -> EvaluationSums:
+        return EvaluationSums.nothing(self._study)
 
-        Where the noise is distributed no site tells its own; the sum's squares stand for them,
-        which independent noise makes as large.
+    def _judged(self, number: int) -> Version:
+        """Let the gate judge a version by what is in the registry; return the one that counts."""
+        withdrawn = [made.round for made, _ in self._registry.history() if made.withdrawn]
+        taken, reason = selection.withdrawal(
+            self._study, number, self._registry.scores(), withdrawn
+        )
+        if taken:
+            log.warning("version %d is withdrawn: %s", number, reason)
+            self._registry.withdraw(taken, reason)
+        return self._registry.standing(number)
+
+    def _count_rejections(self, record: RoundRecord) -> None:
+        """Stop when round after round is rejected: somebody has to find out why.
+
+        Raises:
+            HospitiumError: too many in a row.
         """
-        if not self._study.noise_is_distributed:
-            return sums.second_moments
-        pieces = np.split(total, np.cumsum(self._layout.lengths)[:-1])
-        return tuple(float((piece**2).sum()) for piece in pieces)
+        most = self._study.robustness.most_rejected
+        if not record.rejected:
+            self._rejected_in_a_row = 0
+            return
+        log.warning("training round %d is rejected: %s", record.round, record.rejected)
+        self._rejected_in_a_row += 1
+        if self._rejected_in_a_row >= most:
+            raise HospitiumError(
+                f"training round {record.round}: rejected, as were all of the last {most} "
+                f"({record.rejected}). The model is that of version {record.model_of}. Find out "
+                "which site does harm and leave it out; run the study again to go on"
+            )
 
-    def _skip(self, version: Version) -> Version:
+    def _skip(self, number: int, base: Version) -> Version:
         """Go on with the same model after a round that was cut off while it was unmasked.
 
         The sites have spent that round and will not let its updates be summed again.
         """
-        number = version.number + 1
         log.warning("training round %d was cut off while it was unmasked: it is lost", number)
         record = RoundRecord(
-            round=number,
-            survivors=version.record.survivors,
-            second_moments=version.record.second_moments,
-            result=version.record.result,
+            round=number, second_moments=base.record.second_moments, result=base.record.result,
             lost=True,
-        )
-        made = replace(version, number=number, record=record)
+        )  # fmt: skip
+        made = self._unmoved(base, record)
         self._registry.save(made)
         return made
 
-    def _plausible_weight(self, sums: TrainingSums, sites: int) -> int:
-        """Return the total weight, if sites that keep to the study can have it.
-
-        Raises:
-            PeerProtocolError: a site must have lied about its weight.
-        """
-        largest = sites * self._study.cohort.weight_cap
-        if not sites <= sums.weight <= largest:
-            raise PeerProtocolError(
-                f"expected a total weight from {sites} to {largest}, got {sums.weight}: a site "
-                "does not keep to the study; the round is not used"
-            )
-        return sums.weight
-
-    def _policy(self, number: int) -> SecAggPolicy:
-        round_number = protocol_round(training_stage(number))
-        return secagg_policy(self._study, self._tail_layout.length, round_number)
+    def _unmoved(self, base: Version, record: RoundRecord) -> Version:
+        """Return a version with the model of ``base``."""
+        return replace(
+            base,
+            number=record.round,
+            record=replace(
+                record, second_moments=base.record.second_moments, model_of=model_of(base)
+            ),
+        )
 
     def _quantiser(self, version: Version, number: int) -> Quantiser:
         """Bounds from the round before; the first training round has the study's bound."""
@@ -222,36 +222,24 @@ class StudyRun:
         fallback = study.cohort.update_bound
         bounds = (fallback,) * len(lengths)
         if version.record.second_moments:
-            policy = self._policy(number)
+            round_number = protocol_round(training_stage(number))
+            policy = secagg_policy(study, self._tail_layout.length, round_number)
             bounds = bounds_from_second_moments(
-                version.record.second_moments, lengths, len(version.record.survivors), policy,
-                fallback,
-            )  # fmt: skip
+                version.record.second_moments, lengths, 1, policy, fallback
+            )
         return Quantiser(lengths=lengths, bounds=bounds)
-
-    def _has_stalled(self, number: int) -> bool:
-        """Whether the federated validation metric has stood still for the study's patience."""
-        rule = self._study.early_stopping
-        if rule is None:
-            return False
-        scores = [
-            seen.auroc if rule.metric == "auroc" else -seen.loss
-            for _, seen in self._registry.history()[: number + 1]
-            if seen is not None and not math.isnan(seen.auroc)
-        ]
-        if len(scores) <= rule.patience:
-            return False
-        return max(scores[-rule.patience :]) <= max(scores[: -rule.patience]) + rule.min_delta
 
     def _conclude(self, last: Version, stopped: bool) -> StudyResult:
         """Evaluate the last version, and the best one where that is another."""
         stage = training_stage(last.number) + 1
+        last = self._judged(last.number)
         totals = self._evaluate(stage, last)
-        validation = figures(totals.validation, self._study)
-        self._registry.note(last.number, validation)
-        best = self._best(last)
-        if best.number != last.number:
-            totals = self._evaluate(stage + 1, best)
+        self._registry.note(last.number, figures(totals.validation, self._study))
+        self._registry.note_score(last.number, score(totals.validation, self._study))
+        last = self._judged(last.number)
+        number = selection.best_version(self._study, self._registry.history())
+        best = last if number is None else self._registry.load(number)
+        totals = self._evaluate(stage + 1, best)
         return StudyResult(
             last=last,
             best=best,
@@ -261,23 +249,15 @@ class StudyRun:
             stopped_early=stopped,
         )
 
-    def _best(self, last: Version) -> Version:
-        """Return the version with the best validation metric; the later one where two agree."""
-        rule = self._study.early_stopping
-        metric = "auroc" if rule is None else rule.metric
-        scored = [
-            (seen.auroc if metric == "auroc" else -seen.loss, made.round)
-            for made, seen in self._registry.history()
-            if seen is not None and made.round > 0
-        ]
-        usable = [pair for pair in scored if not math.isnan(pair[0])]
-        return self._registry.load(max(usable)[1]) if usable else last
-
     def _evaluate(self, stage: int, version: Version) -> EvaluationTotals:
-        totals = self._sum_figures(
-            stage, Purpose.EVALUATE, version.parameters, version.normalisation
-        )
-        return self._tail_layout.evaluation(totals.tail)
+        """Return how a version does on held-out patients; the sites are asked once for each."""
+        kept = self._registry.evaluation(version.number)
+        if kept is None:
+            kept = self._sum_figures(
+                stage, Purpose.EVALUATE, version.parameters, version.normalisation
+            ).tail
+            self._registry.keep_evaluation(version.number, kept)
+        return self._tail_layout.evaluation(kept)
 
     def _sum_figures(
         self, stage: int, purpose: Purpose, parameters: NDArray[np.float32], public: bytes
@@ -296,25 +276,3 @@ class StudyRun:
                 quantiser=Quantiser(lengths=(), bounds=()),
             )
         )  # fmt: skip
-
-
-def _record(
-    totals: RoundTotals, number: int, seconds: float, *, update_norm: float = 0.0,
-    quantisation_error: float = 0.0, clipped_fraction: float = 0.0,
-    dropped_contributions: int = 0, second_moments: tuple[float, ...] = (),
-) -> RoundRecord:  # fmt: skip
-    return RoundRecord(
-        round=number,
-        survivors=totals.survivors,
-        missing=dict(totals.missing),
-        attempts=totals.attempts,
-        seconds=seconds,
-        bytes_sent=totals.bytes_sent,
-        bytes_received=totals.bytes_received,
-        update_norm=update_norm,
-        quantisation_error=quantisation_error,
-        clipped_fraction=clipped_fraction,
-        dropped_contributions=dropped_contributions,
-        second_moments=second_moments,
-        result=totals.result.hex(),
-    )

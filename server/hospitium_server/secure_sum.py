@@ -1,10 +1,14 @@
-"""One round over the network: the four exchanges of HSA-1, attempts, and who was missing, why."""
+"""One round over the network: the four exchanges of HSA-1, attempts, and who was missing, why.
+
+Where a study has groups, a training round is as many secure sums side by side: the exchanges of all
+groups go out together, and a group that breaks down does not stop the others.
+"""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,7 +16,6 @@ from hospitium_common.errors import HospitiumError, PeerProtocolError
 from hospitium_common.messages import (
     Ack,
     Masked,
-    Message,
     Paired,
     PairOffer,
     PairOffers,
@@ -20,39 +23,32 @@ from hospitium_common.messages import (
     Purpose,
     Ready,
     Reason,
-    Refusal,
     Shares,
-    decode,
 )
-from hospitium_common.schedule import secagg_policy
-from hospitium_server.unmasking import RoundSum, Unmasking, signed_task
+from hospitium_common.schedule import SMALLEST_MEDIAN, groups, secagg_policy
+from hospitium_common.transcript import announced
+from hospitium_server.attempt import Attempt
+from hospitium_server.exchanges import BROKE_THE_PROTOCOL, REFUSALS, Exchanges
+from hospitium_server.unmasking import Unmasking, signed_task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from numpy.typing import NDArray
 
+    from hospitium_common.archive import RoundArchive
     from hospitium_common.federation import FederationRoster
     from hospitium_common.metrics import TailLayout
     from hospitium_common.roster import Roster
     from hospitium_common.secagg.fixed_point import Quantiser
     from hospitium_common.study import Study
     from hospitium_server.transport import Transport
+    from hospitium_server.unmasking import RoundSum
 
 log = logging.getLogger(__name__)
 
 MOST_ATTEMPTS = 3
-REFUSALS = {
-    Reason.PROTOCOL: "refused: the message broke the protocol",
-    Reason.NOT_APPROVED: "refused: the site's policy does not allow it",
-    Reason.BUDGET: "refused: the site's privacy budget does not cover it",
-    Reason.DATA: "refused: the site's data did not pass its quality check",
-    Reason.LOCAL_FAULT: "refused: a fault at the site, see its own log",
-}
-SILENT = "no answer before the deadline"
-
-M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +67,44 @@ class RoundPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundTotals:
-    """What a round revealed and who was there. ``missing`` maps a site to the reason."""
+class GroupSum:
+    """What one secure sum revealed: a vector ``[size]``, words ``[tail_len]``, over whom."""
 
     vector: NDArray[np.float64]
     tail: NDArray[np.uint64]
     survivors: tuple[int, ...]
+
+
+def total_words(tails: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    """Add up the words of several groups."""
+    words: NDArray[np.uint64] = np.sum(list(tails), axis=0, dtype=np.uint64)
+    return words
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundTotals:
+    """What a round revealed, group by group, and who was there.
+
+    ``missing`` maps a site to the reason; ``result`` is what the next task names as the previous
+    result.
+    """
+
+    groups: tuple[GroupSum, ...]
     result: bytes
-    transcript: bytes = b""
     missing: Mapping[int, str] = field(default_factory=dict)
     attempts: int = 1
     bytes_sent: int = 0
     bytes_received: int = 0
+
+    @property
+    def tail(self) -> NDArray[np.uint64]:
+        """Totals over all groups."""
+        return total_words(group.tail for group in self.groups)
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """Everybody who is in a sum."""
+        return tuple(sorted(site for group in self.groups for site in group.survivors))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +121,8 @@ class SecureSum:
     ``present`` is asked before every round who stands ready: a site that comes late, or back, is
     paired with the others first, under the next key epoch.
     ``next_attempt`` hands out attempt numbers that are on disk before they are used;
-    ``begin_unmasking`` writes down that a round's shares are about to be asked for.
+    ``begin_unmasking`` writes down that a round's shares are about to be asked for. ``archive``
+    keeps every round's transcript before its sum is handed out.
     """
 
     def __init__(
@@ -113,57 +136,99 @@ class SecureSum:
         next_epoch: Callable[[], int],
         next_attempt: Callable[[int], int],
         begin_unmasking: Callable[[int], None],
-        previous_result: bytes = bytes(64),
+        archive: RoundArchive,
     ) -> None:
         self._study, self._key, self._present = study, key, present
         self._transport, self._tail_layout = transport, tail_layout
         self._next_epoch, self._next_attempt = next_epoch, next_attempt
-        self._begin_unmasking = begin_unmasking
-        self._previous_result = previous_result
+        self._begin_unmasking, self._archive = begin_unmasking, archive
         self._paired: tuple[bytes, Roster] | None = None
-        self._missing: dict[int, str] = {}
-        self._bytes = [0, 0]
+        self._exchanges = Exchanges(transport)
 
     def __call__(self, plan: RoundPlan) -> RoundTotals:
         """Run one round, in at most three attempts, with whoever answers.
 
         Raises:
-            HospitiumError: too few sites; nothing was revealed, and the round can be tried again.
+            HospitiumError: too few sites; nothing more is revealed. The round can be tried again,
+                unless some groups were summed already.
         """
         missing: dict[int, str] = {}
-        self._bytes = [0, 0]
-        roster, invited = self._invite(missing)
-        for count in range(1, MOST_ATTEMPTS + 1):
-            self._missing = {}
-            try:
-                total = self._attempt(plan, roster, invited)
-            except PeerProtocolError as error:
-                missing |= self._missing
-                self._paired = None
-                log.warning("round %d: %s", plan.number, error)
-                lost = set(self._missing) | ({error.blame} if error.blame else set())
-                if error.blame:
-                    missing.setdefault(error.blame, "left out: it broke the protocol")
-                invited = [site for site in invited if site not in lost]
-                if count == MOST_ATTEMPTS or len(invited) < self._study.cohort.minimum_sites:
-                    raise HospitiumError(self._too_few(plan, invited, missing)) from error
-                continue
-            missing |= self._missing
-            if REFUSALS[Reason.PROTOCOL] in missing.values():
+        self._exchanges = Exchanges(self._transport)
+        roster, there = self._invite(missing)
+        previous = self._archive.last_result()
+        invited = self._groups(plan, there)
+        wanted = 1 if len(invited) == 1 else SMALLEST_MEDIAN
+        done: list[RoundSum] = []
+        count = 0
+        while invited and count < MOST_ATTEMPTS:
+            count += 1
+            self._exchanges.missing = {}
+            attempt = self._attempt(plan, roster, previous, invited)
+            missing |= self._exchanges.missing
+            done += attempt.sums
+            invited = [self._who_is_left(error, sites, missing) for sites, error in attempt.failed]
+            invited = [sites for sites in invited if self._are_enough(sites)]
+            if attempt.failed or REFUSALS[Reason.PROTOCOL] in missing.values():
                 self._paired = None  # a site may have lost its roots: pair before the next round
-            self._previous_result = total.transcript.result
-            return RoundTotals(
-                vector=total.vector,
-                tail=total.tail,
-                survivors=total.survivors,
-                result=total.transcript.result,
-                transcript=total.transcript.encode(),
-                missing={s: r for s, r in missing.items() if s not in total.survivors},
-                attempts=count,
-                bytes_sent=self._bytes[0],
-                bytes_received=self._bytes[1],
+        if len(done) < wanted:
+            raise HospitiumError(self._too_few(plan, there, missing, done))
+        return self._totals(there, done, missing, count)
+
+    def _groups(self, plan: RoundPlan, sites: Sequence[int]) -> list[list[int]]:
+        """Return who is summed with whom: only updates are summed in groups.
+
+        Raises:
+            HospitiumError: a group has too few sites for a secure sum.
+        """
+        if plan.purpose is not Purpose.TRAIN:
+            return [list(sites)]
+        made = [list(group) for group in groups(sites, self._study)]
+        whole = [group for group in made if self._are_enough(group)]
+        if len(made) > 1 and len(whole) < SMALLEST_MEDIAN:
+            raise HospitiumError(
+                f"round {plan.number}: expected at least {SMALLEST_MEDIAN} groups of "
+                f"{self._study.cohort.minimum_sites} sites that stand ready, got groups of "
+                f"{', '.join(str(len(group)) for group in made)}. Nothing was sent"
             )
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        return whole
+
+    def _are_enough(self, sites: Collection[int]) -> bool:
+        return len(sites) >= self._study.cohort.minimum_sites
+
+    def _who_is_left(
+        self, error: PeerProtocolError, sites: list[int], missing: dict[int, str]
+    ) -> list[int]:
+        lost = set(self._exchanges.missing)
+        if error.blame:
+            missing.setdefault(error.blame, BROKE_THE_PROTOCOL)
+            lost.add(error.blame)
+        return [site for site in sites if site not in lost]
+
+    def _totals(
+        self,
+        there: Sequence[int],
+        done: Sequence[RoundSum],
+        missing: Mapping[int, str],
+        attempts: int,
+    ) -> RoundTotals:
+        finished = sorted(done, key=lambda one: one.transcript.task.invited)
+        survivors = {site for one in finished for site in one.survivors}
+        alone = {site: "its group had too few sites" for site in there if site not in survivors}
+        return RoundTotals(
+            groups=tuple(
+                GroupSum(vector=one.vector, tail=one.tail, survivors=one.survivors)
+                for one in finished
+            ),
+            result=announced([one.transcript.result for one in finished]),
+            missing={
+                site: why
+                for site, why in sorted((alone | dict(missing)).items())
+                if site not in survivors
+            },
+            attempts=attempts,
+            bytes_sent=self._exchanges.bytes_sent,
+            bytes_received=self._exchanges.bytes_received,
+        )
 
     def _invite(self, missing: dict[int, str]) -> tuple[Roster, list[int]]:
         """Return the key epoch's roster and who is invited; pair first if somebody is new.
@@ -175,20 +240,20 @@ class SecureSum:
         federation = present.federation
         there = sorted(present.sites)[: self._study.cohort.maximum_sites]
         for _ in range(MOST_ATTEMPTS):
-            if len(there) < self._study.cohort.minimum_sites:
+            if not self._are_enough(there):
                 break
             if not self._are_paired(federation, there):
-                self._missing = {}
+                self._exchanges.missing = {}
                 roster = self._pair(federation, there)
                 self._paired = None if roster is None else (federation.digest, roster)
-                missing |= self._missing
-                there = [site for site in there if site not in self._missing]
+                missing |= self._exchanges.missing
+                there = [site for site in there if site not in self._exchanges.missing]
             if self._paired is not None:
                 return self._paired[1], there
-        reasons = "; ".join(f"site {s}: {r}" for s, r in sorted(missing.items())) or "none missing"
         raise HospitiumError(
             f"expected at least {self._study.cohort.minimum_sites} sites to stand ready, got "
-            f"{len(there)} ({reasons}). Nothing was sent; run the study again when more are there"
+            f"{len(there)} ({_reasons(missing)}). Nothing was sent; run the study again when more "
+            "are there"
         )
 
     def _are_paired(self, federation: FederationRoster, sites: list[int]) -> bool:
@@ -198,96 +263,72 @@ class SecureSum:
         return digest == federation.digest and set(sites) <= set(roster.sites)
 
     def _pair(self, federation: FederationRoster, sites: list[int]) -> Roster | None:
-        """Relay the pair offers of a key epoch; nothing if a site fails: who is in ``_missing``."""
+        """Relay the pair offers of a key epoch; nothing if a site fails: who is in ``missing``."""
         roster = federation.for_study(self._study.digest, self._next_epoch(), sites)
         request = PairRequest(
             version=federation.version, epoch=roster.epoch, sites=tuple(sites), roster=roster.digest
         ).encode()
         given: list[PairOffer] = []
         deadline = self._study.cohort.exchange_s
-        for _, answer in self._exchange(dict.fromkeys(sites, request), PairOffers, deadline):
+        for _, answer in self._exchanges.ask(dict.fromkeys(sites, request), PairOffers, deadline):
             given += answer.offers
-        if self._missing:
+        if self._exchanges.missing:
             return None
         requests = {
             site: PairOffers(offers=tuple(o for o in given if o.receiver == site)).encode()
             for site in sites
         }
-        for site, paired in self._exchange(requests, Paired, deadline):
+        for site, paired in self._exchanges.ask(requests, Paired, deadline):
             if paired.roster != roster.digest:
-                self._missing[site] = "it paired under another roster"
-        return None if self._missing else roster
+                self._exchanges.missing[site] = "it paired under another roster"
+        if self._exchanges.missing:
+            return None
+        self._archive.begin(self._study, roster, self._tail_layout.length)
+        return roster
 
-    def _attempt(self, plan: RoundPlan, roster: Roster, invited: list[int]) -> RoundSum:
+    def _attempt(
+        self, plan: RoundPlan, roster: Roster, previous: bytes, invited: Iterable[list[int]]
+    ) -> Attempt:
         policy = secagg_policy(self._study, self._tail_layout.length, plan.number)
-        task = signed_task(
-            self._key, roster, policy, purpose=plan.purpose, round_number=plan.number,
-            attempt=self._next_attempt(plan.number), invited=invited,
-            previous_result=self._previous_result, quantiser=plan.quantiser,
-            model=plan.parameters.tobytes(), public=plan.public,
-        )  # fmt: skip
-        run = Unmasking(roster=roster, policy=policy, task=task)
-        request = task.encode()
-        cohort = self._study.cohort
-        self._gather(dict.fromkeys(invited, request), Ready, run.on_ready, cohort.deadline_s)
-        requests = {site: r.encode() for site, r in run.close_cohort().items()}
-        self._missing |= run.excluded
-        self._gather(requests, Masked, run.on_masked, cohort.exchange_s)
-        confirmation = run.close_survivors()
-        request = confirmation.encode()
-        confirming = dict.fromkeys(confirmation.digests, request)
-        self._gather(confirming, Ack, run.on_ack, cohort.exchange_s)
-        unmasking = run.unmask_request()
-        self._begin_unmasking(plan.number)
-        request = unmasking.encode()
-        asked = dict.fromkeys(unmasking.acks, request)
-        self._gather(asked, Shares, run.on_shares, cohort.exchange_s)
-        return run.finish()
+        runs = []
+        for sites in invited:
+            task = signed_task(
+                self._key, roster, policy, purpose=plan.purpose, round_number=plan.number,
+                attempt=self._next_attempt(plan.number), invited=sites,
+                previous_result=previous, quantiser=plan.quantiser,
+                model=plan.parameters.tobytes(), public=plan.public,
+            )  # fmt: skip
+            runs.append(Unmasking(roster=roster, policy=policy, task=task))
+        attempt = Attempt(runs, self._archive)
+        ask, cohort = self._exchanges.gather, self._study.cohort
+        ask(attempt.task_requests(), Ready, attempt.on_ready, cohort.deadline_s)
+        ask(attempt.cohort_requests(), Masked, attempt.on_masked, cohort.exchange_s)
+        self._exchanges.missing |= attempt.excluded
+        ask(attempt.confirmation_requests(), Ack, attempt.on_ack, cohort.exchange_s)
+        asked = attempt.unmasking_requests()
+        if asked:
+            self._begin_unmasking(plan.number)
+        ask(asked, Shares, attempt.on_shares, cohort.exchange_s)
+        attempt.finish()
+        return attempt
 
-    def _exchange(
-        self, requests: Mapping[int, bytes], kind: type[M], deadline_s: float
-    ) -> Iterator[tuple[int, M]]:
-        """Send requests and yield answers of the right kind, one at a time; note who is missing."""
-        answered = set()
-        self._bytes[0] += sum(len(request) for request in requests.values())
-        for site, data in self._transport.exchange(requests, deadline_s):
-            self._bytes[1] += len(data)
-            if site not in requests or site in answered:
-                continue
-            answered.add(site)
-            try:
-                message = decode(data)
-            except PeerProtocolError:
-                self._missing[site] = "its answer could not be read"
-                continue
-            if isinstance(message, Refusal):
-                self._missing[site] = REFUSALS[message.reason]
-            elif isinstance(message, kind):
-                yield site, message
-            else:
-                self._missing[site] = f"expected {kind.__name__}, got {type(message).__name__}"
-        for site in set(requests) - answered:
-            self._missing[site] = SILENT
-
-    def _gather(
-        self,
-        requests: Mapping[int, bytes],
-        kind: type[M],
-        take: Callable[[M], None],
-        deadline_s: float,
-    ) -> None:
-        """Let answers in; one that breaks the protocol costs its site the round, no more."""
-        for site, answer in self._exchange(requests, kind, deadline_s):
-            try:
-                take(answer)
-            except PeerProtocolError as error:
-                log.warning("site %d: %s", site, error)
-                self._missing[site] = "left out: it broke the protocol"
-
-    def _too_few(self, plan: RoundPlan, invited: list[int], missing: dict[int, str]) -> str:
-        reasons = "; ".join(f"site {s}: {r}" for s, r in sorted(missing.items())) or "none missing"
+    def _too_few(
+        self, plan: RoundPlan, there: Sequence[int], missing: Mapping[int, str],
+        done: Sequence[RoundSum],
+    ) -> str:  # fmt: skip
+        least, lost = self._study.cohort.minimum_sites, set(missing) & set(there)
+        if done:
+            return (
+                f"round {plan.number}: expected at least {SMALLEST_MEDIAN} groups of {least} "
+                f"sites, {len(done)} came to a sum ({_reasons(missing)}). The round is lost: run "
+                "the study again, it goes on with the next"
+            )
         return (
-            f"round {plan.number}: expected at least {self._study.cohort.minimum_sites} sites, "
-            f"{len(invited)} answered ({reasons}). Nothing was revealed and what was finished is "
-            "kept: run the study again when the sites are back"
+            f"round {plan.number}: expected at least {least} sites, {len(there) - len(lost)} "
+            f"answered ({_reasons(missing)}). Nothing was revealed and what was finished is kept: "
+            "run the study again when the sites are back"
         )
+
+
+def _reasons(missing: Mapping[int, str]) -> str:
+    return "; ".join(f"site {s}: {r}" for s, r in sorted(missing.items())) or "none missing"

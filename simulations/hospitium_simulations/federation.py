@@ -12,6 +12,7 @@ from hospitium_client.policy import SitePolicy
 from hospitium_client.protection.ledger import Ledger
 from hospitium_client.session import Session
 from hospitium_client.work import SiteWork
+from hospitium_common.archive import RoundArchive
 from hospitium_common.durable import write_durably
 from hospitium_common.entropy import Entropy, seeded_entropy
 from hospitium_common.errors import ConfigError
@@ -49,9 +50,13 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulationOptions:
-    """``masked = False`` leaves out secure aggregation, to see what it costs and changes."""
+    """``masked = False`` leaves out secure aggregation, to see what it costs and changes.
+
+    ``keep_masked`` keeps the masked vectors beside the transcripts, for `hospitium audit-round`.
+    """
 
     masked: bool = True
+    keep_masked: bool = False
     faults: tuple[Fault, ...] = ()
 
 
@@ -99,7 +104,7 @@ def simulate(
             for index, work in works.items():
                 ledgers[index] = Ledger(work.home / "ledger.sqlite")
             enrolled = _enrol(study, works, entropies, ledgers)
-            summing: Summing = _secure_sum(study, tail_layout, enrolled, registry, options.faults)
+            summing: Summing = _secure_sum(study, tail_layout, enrolled, registry, options)
         else:
             summing = PlainSum(study, works, entropies)
         result = StudyRun(
@@ -190,20 +195,19 @@ def _secure_sum(
     tail_layout: TailLayout,
     enrolled: _Enrolled,
     registry: Registry,
-    faults: tuple[Fault, ...],
+    options: SimulationOptions,
 ) -> SecureSum:
-    latest = registry.latest()
     presence = Presence(federation=enrolled.roster, sites=tuple(enrolled.sessions))
     return SecureSum(
         study=study,
         key=enrolled.coordinator,
         present=lambda: presence,
-        transport=FaultyTransport(InMemoryTransport(enrolled.sessions), faults),
+        transport=FaultyTransport(InMemoryTransport(enrolled.sessions), options.faults),
         tail_layout=tail_layout,
         next_epoch=registry.next_epoch,
         next_attempt=registry.next_attempt,
         begin_unmasking=registry.begin_unmasking,
-        previous_result=bytes(64) if latest is None else bytes.fromhex(latest.record.result),
+        archive=RoundArchive(registry.directory / "rounds", keep_masked=options.keep_masked),
     )
 
 

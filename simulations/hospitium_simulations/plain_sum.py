@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hospitium_common.messages import Purpose
-from hospitium_common.schedule import training_round
-from hospitium_server.secure_sum import RoundPlan, RoundTotals
+from hospitium_common.schedule import groups, training_round
+from hospitium_server.secure_sum import GroupSum, RoundPlan, RoundTotals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,16 +32,21 @@ class PlainSum:
         self._study, self._works, self._entropies = study, works, entropies
 
     def __call__(self, plan: RoundPlan) -> RoundTotals:
-        """Let every site work, one after another, and add up."""
+        """Let every site work, one after another, and add up, group by group."""
+        training = plan.purpose is Purpose.TRAIN
+        members = groups(self._works, self._study) if training else (tuple(self._works),)
+        sums = tuple(self._sum(sites, plan) for sites in members)
+        parts = [part for one in sums for part in (one.vector.tobytes(), one.tail.tobytes())]
+        return RoundTotals(groups=sums, result=hashlib.blake2b(b"".join(parts)).digest())
+
+    def _sum(self, sites: tuple[int, ...], plan: RoundPlan) -> GroupSum:
         vector = np.zeros(plan.quantiser.size)
-        tail: np.ndarray[tuple[int], np.dtype[np.uint64]] | None = None
-        for site in self._works:
+        tails = []
+        for site in sites:
             part = self._contribution(site, plan)
             vector += part.vector
-            tail = part.tail.copy() if tail is None else tail + part.tail
-        assert tail is not None  # noqa: S101 - a federation has sites
-        result = hashlib.blake2b(vector.tobytes() + tail.tobytes()).digest()
-        return RoundTotals(vector=vector, tail=tail, survivors=tuple(self._works), result=result)
+            tails.append(part.tail)
+        return GroupSum(vector=vector, tail=np.sum(tails, axis=0, dtype=np.uint64), survivors=sites)
 
     def _contribution(self, site: int, plan: RoundPlan) -> Contribution:
         work, entropy = self._works[site], self._entropies[site]
