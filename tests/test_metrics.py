@@ -200,7 +200,8 @@ def test_every_purpose_has_a_tail_of_the_same_length(tensors, features):
         ),
         layout.pack(
             TrainingSums(
-                weight=0, clipped=0, steps=0, dropped=0, scaled_down=0, second_moments=(0.0,) * tensors,
+                weight=0, clipped=0, steps=0, dropped=0, scaled_down=0,
+                second_moments=(0.0,) * tensors,
                 validation=nothing,
             )
         ),
