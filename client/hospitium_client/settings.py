@@ -158,9 +158,19 @@ class SiteHome:
         return self.path / "keys" / "node.key"
 
     @property
-    def next_keys(self) -> Path:
-        """New keys that wait for their admission: ``site.keys`` and ``node.key``."""
-        return self.path / "keys" / "next"
+    def next_site_keys(self) -> Path:
+        """New keys of the trainer that wait for their admission."""
+        return self.path / "keys" / "next" / "site.keys"
+
+    @property
+    def next_node_key(self) -> Path:
+        """The new key of the node that waits with them."""
+        return self.path / "keys" / "next" / "node.key"
+
+    @property
+    def request(self) -> Path:
+        """The newest request for enrolment, as it was handed out."""
+        return self.path / "request.json"
 
     @property
     def pinned(self) -> Path:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 M = TypeVar("M", bound=BaseModel)
+COMMENTS_AT = 34
 
 
 def read_toml(model: type[M], path: Path, *, what: str, remedy: str) -> M:
@@ -69,17 +70,18 @@ def with_text_value(text: str, section: str, key: str, value: str, *, name: str)
         if key in names:
             at = start + names.index(key)
             _, mark, comment = lines[at].rpartition("  #")
-            lines[at] = f"{entry} = {quoted(value)}" + (f"  #{comment}" if mark else "")
+            changed = f"{entry} = {quoted(value)}"
+            lines[at] = f"{changed:<{COMMENTS_AT}}  #{comment}" if mark else changed
         else:
             lines.insert(start, f"{entry} = {quoted(value)}")
-    changed = "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
     _set(before, [*section.split("."), key], value)
-    if _parse(changed, name) != before:
+    if _parse(text, name) != before:
         raise ConfigError(
             f"{name}: expected a table {header} with one key on each line, got another form; "
             f"write {entry} = {quoted(value)} there yourself"
         )
-    return changed
+    return text
 
 
 def _set(document: dict[str, object], path: list[str], value: str) -> None:

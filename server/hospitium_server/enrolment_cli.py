@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from hospitium_common.durable import write_durably
-from hospitium_common.enrolment.fingerprint import fingerprint_of_member, same_fingerprint
+from hospitium_common.enrolment import showing
+from hospitium_common.enrolment.fingerprint import fingerprint_of_member
 from hospitium_common.enrolment.request import EnrolmentRequest
+from hospitium_common.enrolment.showing import DAY_S, demand_agreement, state_of
 from hospitium_common.errors import ConfigError
 from hospitium_common.json_file import read_received
 from hospitium_common.study.signature import fingerprint
@@ -35,12 +36,6 @@ from hospitium_server.enrolment import enroll as enroll_member
 from hospitium_server.enrolment import revoke as revoke_member
 from hospitium_server.keys import load_governance_key
 from hospitium_server.settings import CoordinatorHome
-
-if TYPE_CHECKING:
-    from hospitium_common.federation import FederationRoster, Member
-
-DAY_S = 24 * 60 * 60
-SOON_DAYS = 60
 
 app = typer.Typer()
 
@@ -117,7 +112,12 @@ def enroll(
         plan = plan_enrolment(roster, asked, keys_ever_used(folder), expires=expires, now=now)
         governance = load_governance_key(governance_key or folder.governance_key)
         _show(plan)
-        _compare(fingerprint_of_member(plan.after), heard, yes=yes)
+        demand_agreement(
+            fingerprint_of_member(plan.after), heard,
+            "Call the hospital on a number that you know. Does it read the same to you?",
+            "these are other keys than the hospital's. Nobody was enrolled; find out who sent them",
+            yes=yes,
+        )  # fmt: skip
         roster = enroll_member(roster, plan, governance)
         store_roster(folder, roster)
         kept = write_admission(folder, roster, plan.after.name, governance)
@@ -146,7 +146,9 @@ def admission(
     roster = load_roster(folder)
     member = find(roster, name)
     if not member.is_active(time.time()):
-        raise ConfigError(f"{name}: expected an active hospital, it is {_state(member)}")
+        raise ConfigError(
+            f"{name}: expected an active hospital, it is {state_of(member, time.time())}"
+        )
     governance = load_governance_key(governance_key or folder.governance_key)
     copy = _copy(write_admission(folder, roster, name, governance), out)
     Console(soft_wrap=True).print(f"Wrote {copy}: send it to the hospital.")
@@ -195,10 +197,7 @@ def show_roster(home: Home = HERE) -> None:
     """List who is enrolled: fingerprints, expiry, state; and whether the certificate is well."""
     folder = CoordinatorHome(home)
     roster = load_roster(folder)
-    say = Console(highlight=False)
-    say.print(_table(roster))
-    say.print(f"governance   {fingerprint(roster.governance)}", highlight=False)
-    say.print(f"coordinator  {fingerprint(roster.coordinator)}", highlight=False)
+    showing.show_roster(Console(highlight=False), roster, time.time())
     _warn(folder)
 
 
@@ -219,46 +218,11 @@ def _show(plan: Plan) -> None:
     say.print(f"  fingerprint:  [bold]{fingerprint_of_member(plan.after)}[/bold]")
 
 
-def _compare(shown: str, heard: str | None, *, yes: bool) -> None:
-    if heard is not None:
-        if not same_fingerprint(shown, heard):
-            raise ConfigError(
-                f"expected the fingerprint {shown}, got {heard}: these are other keys than the "
-                "hospital's. Nobody was enrolled; find out who sent the request"
-            )
-    elif not yes:
-        question = "Call the hospital on a number that you know. Does it read the same to you?"
-        typer.confirm(question, abort=True)
-
-
 def _copy(kept: Path, out: Path | None) -> Path:
     copy = out or Path(kept.name)
     if copy.resolve() != kept.resolve():
         write_durably(copy, kept.read_bytes())
     return copy
-
-
-def _table(roster: FederationRoster) -> Table:
-    title = f"{escape(roster.name)}: roster version {roster.version}"
-    table = Table(title=title, title_justify="left")
-    for column in ("site", "name", "title", "fingerprint", "expires", "state"):
-        table.add_column(column, no_wrap=column not in ("title", "fingerprint"))
-    for member in roster.members:
-        until = datetime.fromtimestamp(member.expires, UTC)
-        table.add_row(
-            str(member.index), member.name, escape(member.title), fingerprint_of_member(member),
-            f"{until:%Y-%m-%d}", _state(member),
-        )  # fmt: skip
-    return table
-
-
-def _state(member: Member) -> str:
-    if member.revoked:
-        return "revoked"
-    left = (member.expires - time.time()) // DAY_S
-    if left < 0:
-        return "expired"
-    return f"expires in {left:.0f} days" if left < SOON_DAYS else "active"
 
 
 def _warn(folder: CoordinatorHome) -> None:
