@@ -7,6 +7,7 @@ answer in another's name, or an old answer to a new request, is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from hospitium_common.codec import Reader, encode_parts
@@ -35,7 +36,7 @@ class Request:
     nonce: bytes
     payload: bytes | memoryview
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """What the coordinator signs, and what the answer has to name."""
         body = payload_digest(Label.REQUEST, self.payload)

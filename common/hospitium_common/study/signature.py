@@ -42,18 +42,29 @@ def check_signature(study: Study, study_path: Path) -> bytes:
     """
     path = signature_path(study_path)
     try:
-        document = json.loads(path.read_bytes())
-        public = bytes.fromhex(document["coordinator"])
-        signature = bytes.fromhex(document["signature"])
+        data = path.read_bytes()
     except OSError as error:
         raise ConfigError(
             f"{path}: expected the coordinator's signature, got: {error.strerror}"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: expected a signature, got something else") from error
+    return signer(study, data, name=str(path))
+
+
+def signer(study: Study, data: bytes, *, name: str) -> bytes:
+    """Return whose signature ``data``, the content of a signature file, is; ``name`` is its file.
+
+    Raises:
+        ConfigError: it is no signature, or one of another study.
+    """
+    try:
+        document = json.loads(data)
+        public = bytes.fromhex(document["coordinator"])
+        signature = bytes.fromhex(document["signature"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{name}: expected a signature, got something else") from error
     if not is_signed_by(public, signature, Label.STUDY, study.digest):
         raise ConfigError(
-            f"{path}: expected a signature of this very study, got one of another; the study was "
+            f"{name}: expected a signature of this very study, got one of another; the study was "
             "changed after it was signed. Ask the coordinator for a new one"
         )
     return public
