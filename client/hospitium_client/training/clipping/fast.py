@@ -1,21 +1,24 @@
 """Book-keeping: one forward that records layer inputs, one backward for output gradients only.
 
-No parameter requires a gradient while the batch runs, so autograd spends nothing on them; each
-layer's contribution is then computed once, in its cheapest form (`layers`, `recurrent`).
+No parameter requires a gradient while the batch runs, so autograd spends nothing on them. Each
+layer's contribution is computed once, in its cheapest form, at the moment when the gradient of its
+output is there: then both are still in cache, and their memory is free again right away.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from hospitium_client.training.clipping.convolution import is_narrow, recorded_convolution
+from hospitium_client.training.clipping.group_norm import recorded_group_norm
 from hospitium_client.training.clipping.layers import contribution
-from hospitium_client.training.clipping.recurrent import Recording, recorded_forward
+from hospitium_client.training.clipping.recording import Recording
+from hospitium_client.training.clipping.recurrent import recorded_states
 from hospitium_common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
 
     from hospitium_client.training.clipping.contributions import Contribution
+
+    RecordedForward = Callable[..., object]  # the recording, then what the layer is given
 
 MIXES_SAMPLES = (nn.modules.batchnorm._NormBase,)
 RECURRENT = (nn.LSTM, nn.GRU)
@@ -61,71 +66,22 @@ def _mixes_samples(layer: nn.Module) -> bool:
     return isinstance(layer, MIXES_SAMPLES)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One layer's input, and where its output ``[shape]`` enters the graph.
-
-    The edge is noted instead of the output itself, because a later layer may change the output
-    in place (MONAI's residual blocks do).
-    """
-
-    layer: nn.Module
-    inputs: Tensor
-    edge: GradientEdge
-    shape: torch.Size
-    moments: tuple[Tensor, Tensor] | None
-
-
-@dataclass
-class _Calls:
-    """What the hooks saw in one pass through the model."""
-
-    plain: list[_Call] = field(default_factory=list)
-    recurrent: list[Recording] = field(default_factory=list)
-    seen: set[int] = field(default_factory=set)
-
-    def first_time(self, layer: nn.Module) -> None:
-        if id(layer) in self.seen:
-            raise ConfigError(
-                f"model layer {type(layer).__name__} is used twice in one pass; the fast engine "
-                'cannot clip it, use privacy.engine = "opacus"'
-            )
-        self.seen.add(id(layer))
-
-    def check_all_seen(self, layers: list[nn.Module]) -> None:
-        """Refuse to train past a layer whose gradients nobody saw."""
-        for layer in layers:
-            if id(layer) not in self.seen:
-                raise ConfigError(
-                    f"model layer {type(layer).__name__} has parameters that no forward call of "
-                    "its own uses; freeze them, or call the layer"
-                )
-
-
 def contributions(
     model: nn.Module, inputs: Tensor, loss_of: Callable[[Tensor], Tensor]
 ) -> tuple[list[Contribution], Tensor]:
     """Return every layer's contribution for a batch, and the losses ``[B]``.
 
-    ``loss_of`` maps the model's outputs to ``[B]``, each entry from its own record only.
+    ``loss_of`` maps the model's outputs to ``[B]``, each entry from its own record only. A layer
+    whose output does not reach the losses contributes nothing.
     """
     if inputs.dim() == IMAGES:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-    layers = _trained_layers(model)
-    with _recording(model, layers) as (calls, anchor):
+    with _recording(model, inputs) as recorder:
         losses = loss_of(model(inputs))
-        calls.check_all_seen(layers)
-        edges = [call.edge for call in calls.plain]
-        if calls.recurrent:
-            edges.append(get_gradient_edge(anchor))
-        grads = torch.autograd.grad(losses.sum(), edges, allow_unused=True)
-    found: list[Contribution] = []
-    for call, grad in zip(calls.plain, grads, strict=False):
-        back = losses.new_zeros(call.shape) if grad is None else grad
-        found.append(contribution(call.layer, call.inputs, back, call.moments))
-    for recording in calls.recurrent:
-        found += recording.contributions
-    return found, losses.detach()
+        recorder.check_all_seen()
+    recording = recorder.recording
+    torch.autograd.grad(losses.sum(), recording.anchor, allow_unused=True)
+    return recording.contributions, losses.detach()
 
 
 class _Enter(torch.autograd.Function):
@@ -141,13 +97,6 @@ class _Enter(torch.autograd.Function):
         return None, None
 
 
-def _moments(node: object) -> tuple[Tensor, Tensor] | None:
-    """Return the mean and inverse deviation that a GroupNorm's forward kept for its backward."""
-    mean = getattr(node, "_saved_result1", None)
-    inverse = getattr(node, "_saved_result2", None)
-    return None if mean is None or inverse is None else (mean, inverse)
-
-
 def _trained_layers(model: nn.Module) -> list[nn.Module]:
     return [
         layer
@@ -159,64 +108,101 @@ def _trained_layers(model: nn.Module) -> list[nn.Module]:
 class _Recorder:
     """Puts hooks and replaced forwards on a model, and takes them off again."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self.calls, self.anchor = _Calls(), torch.zeros((), requires_grad=True)
-        self._layers = layers
-        self._hooks = [
-            layer.register_forward_hook(self._remember)
-            for layer in layers
-            if not isinstance(layer, RECURRENT)
-        ]
-        for layer in layers:
-            if isinstance(layer, RECURRENT):
-                layer.forward = self._replaced(layer)  # type: ignore[method-assign,assignment]  # for this batch only
+    def __init__(self, model: nn.Module, like: Tensor) -> None:
+        anchor = torch.zeros((), device=like.device, requires_grad=True)
+        self.recording = Recording(anchor)
+        self._layers = _trained_layers(model)
+        self._seen: set[int] = set()
+        self._replaced: list[nn.Module] = []
+        self._hooks = []
+        for layer in self._layers:
+            instead = _recorded_forward(layer)
+            if instead is None:
+                self._hooks.append(layer.register_forward_hook(self._remember))
+            else:
+                layer.forward = self._replacement(layer, instead)  # type: ignore[method-assign]  # for this batch only
+                self._replaced.append(layer)
 
     def remove(self) -> None:
         """Leave the model as it was."""
         for hook in self._hooks:
             hook.remove()
+        for layer in self._replaced:
+            del layer.forward
+
+    def check_all_seen(self) -> None:
+        """Refuse to train past a layer whose gradients nobody saw."""
         for layer in self._layers:
-            if isinstance(layer, RECURRENT):
-                del layer.forward
+            if id(layer) not in self._seen:
+                raise ConfigError(
+                    f"model layer {type(layer).__name__} has parameters that no forward call of "
+                    "its own uses; freeze them, or call the layer"
+                )
+
+    def _first_time(self, layer: nn.Module) -> None:
+        if id(layer) in self._seen:
+            raise ConfigError(
+                f"model layer {type(layer).__name__} is used twice in one pass; the fast engine "
+                'cannot clip it, use privacy.engine = "opacus"'
+            )
+        self._seen.add(id(layer))
 
     def _remember(self, layer: nn.Module, given: tuple[object, ...], output: object) -> Tensor:
-        self.calls.first_time(layer)
+        self._first_time(layer)
         if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
             raise ConfigError(
                 f"model layer {type(layer).__name__}: expected a layer that maps one tensor to one "
                 "tensor; the fast engine clips no other"
             )
-        moments = _moments(output.grad_fn) if isinstance(layer, nn.GroupNorm) else None
         entered: Tensor = output
         if not output.requires_grad:
-            entered = _Enter.apply(output, self.anchor)  # type: ignore[no-untyped-call]  # torch types apply so
-        edge = get_gradient_edge(entered)
-        self.calls.plain.append(_Call(layer, given[0].detach(), edge, entered.shape, moments))
+            entered = _Enter.apply(output, self.recording.anchor)  # type: ignore[no-untyped-call]  # torch types apply so
+        held = [given[0].detach()]  # popped when used, so that its memory is free again
+
+        def on_the_way_back(grad: Tensor) -> None:
+            self.recording.contributions.append(contribution(layer, held.pop(), grad))
+
+        entered.register_hook(on_the_way_back)
         return entered
 
-    def _replaced(self, layer: nn.LSTM | nn.GRU) -> Callable[..., tuple[Tensor, None]]:
-        def forward(given: object, state: object = None) -> tuple[Tensor, None]:
-            self.calls.first_time(layer)
-            if not isinstance(given, Tensor) or given.dim() != SEQUENCES or state is not None:
-                raise ConfigError(
-                    f"model layer {type(layer).__name__}: expected padded input [batch, time, "
-                    "feature] and no first state; packed sequences reorder patients"
-                )
-            recording = Recording()
-            self.calls.recurrent.append(recording)
-            return recorded_forward(layer, given, recording, self.anchor), None
+    def _replacement(self, layer: nn.Module, instead: RecordedForward) -> Callable[..., object]:
+        def forward(*given: object) -> object:
+            self._first_time(layer)
+            return instead(self.recording, *given)
 
         return forward
 
 
+def _recorded_forward(layer: nn.Module) -> RecordedForward | None:
+    """Return the forward that a layer has here in place of its own, if it has one."""
+    if isinstance(layer, RECURRENT):
+        return partial(_states, layer)
+    if type(layer) is nn.GroupNorm:
+        return lambda recording, given: recorded_group_norm(layer, given, recording)
+    if is_narrow(layer):
+        return lambda recording, given: recorded_convolution(layer, given, recording)
+    return None
+
+
+def _states(
+    layer: nn.LSTM | nn.GRU, recording: Recording, given: object, state: object = None
+) -> tuple[Tensor, None]:
+    if not isinstance(given, Tensor) or given.dim() != SEQUENCES or state is not None:
+        raise ConfigError(
+            f"model layer {type(layer).__name__}: expected padded input [batch, time, feature] and "
+            "no first state; packed sequences reorder patients"
+        )
+    return recorded_states(layer, given, recording), None
+
+
 @contextmanager
-def _recording(model: nn.Module, layers: list[nn.Module]) -> Iterator[tuple[_Calls, Tensor]]:
+def _recording(model: nn.Module, inputs: Tensor) -> Iterator[_Recorder]:
     trained = [p for p in model.parameters() if p.requires_grad]
-    recorder = _Recorder(layers)
+    recorder = _Recorder(model, inputs)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        yield recorder.calls, recorder.anchor
+        yield recorder
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -9,29 +9,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hospitium_client.training.clipping.contributions import Instantiated, OuterProducts
-from hospitium_client.training.clipping.convolution import convolution
+from hospitium_client.training.clipping.convolution import (
+    convolution,
+    transposed_convolution,
+)
 
 if TYPE_CHECKING:
     from hospitium_client.training.clipping.contributions import Contribution
 
-CACHED = 1 << 18
-"""Elementwise products are taken in parts of about this many numbers, which stay in cache."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def contribution(
-    layer: nn.Module, inputs: Tensor, grads: Tensor, moments: tuple[Tensor, Tensor] | None = None
-) -> Contribution:
-    """Return a layer's contribution; layers without a rule of their own take the general one.
-
-    ``moments`` are a GroupNorm's mean and inverse deviation ``[B, groups]``, if its forward left
-    them.
-    """
+def contribution(layer: nn.Module, inputs: Tensor, grads: Tensor) -> Contribution:
+    """Return a layer's contribution; layers without a rule of their own take the general one."""
     if type(layer) is nn.Linear:
         return OuterProducts(layer.weight, layer.bias, _positions(inputs), _positions(grads))
-    if type(layer) is nn.Conv2d and layer.groups == 1 and _zero_padded(layer):
+    if type(layer) in CONVOLUTIONS and isinstance(layer, CONVOLUTIONS):
         return convolution(layer, inputs, grads)
-    if type(layer) is nn.GroupNorm:
-        return _group_norm(layer, inputs, grads, moments)
+    if type(layer) in TRANSPOSED and isinstance(layer, TRANSPOSED):
+        return transposed_convolution(layer, inputs, grads)
     if type(layer) is nn.LayerNorm:
         return _layer_norm(layer, inputs, grads)
     if type(layer) is nn.Embedding and layer.padding_idx is None:
@@ -39,37 +36,9 @@ def contribution(
     return _general(layer, inputs, grads)
 
 
-def _zero_padded(layer: nn.Conv2d) -> bool:
-    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-
-
 def _positions(values: Tensor) -> Tensor:
     """View ``[B, ..., features]`` as ``[B, positions, features]``."""
     return values.reshape(len(values), -1, values.shape[-1])
-
-
-def _group_norm(
-    layer: nn.GroupNorm, inputs: Tensor, grads: Tensor, moments: tuple[Tensor, Tensor] | None
-) -> Contribution:
-    """Scale: Σ g·(x − mean)/deviation, from Σ g·x and Σ g; shift: Σ g."""
-    shape = (len(inputs), layer.num_channels, -1)
-    given, back = inputs.reshape(shape), grads.reshape(shape)
-    if moments is None:
-        grouped = inputs.reshape(len(inputs), layer.num_groups, -1)
-        variance, mean = torch.var_mean(grouped, 2, correction=0)
-        moments = mean, (variance + layer.eps).rsqrt()
-    each = layer.num_channels // layer.num_groups
-    mean, inverse = (m.view(len(inputs), -1).repeat_interleave(each, 1) for m in moments)
-    step = max(1, CACHED // max(1, given[0].numel()))
-    shift = back.sum(2)
-    products = torch.cat(
-        [
-            (a * b).sum(2)
-            for a, b in zip(torch.split(given, step), torch.split(back, step), strict=True)
-        ]
-    )
-    found = [(layer.weight, (products - shift * mean) * inverse), (layer.bias, shift)]
-    return Instantiated([(p, g) for p, g in found if p is not None and p.requires_grad])
 
 
 def _layer_norm(layer: nn.LayerNorm, inputs: Tensor, grads: Tensor) -> Contribution:

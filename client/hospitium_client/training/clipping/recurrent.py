@@ -7,7 +7,6 @@ what does not depend on the step before is computed for all steps at once. tanh(
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,20 +21,13 @@ from hospitium_client.training.clipping.recurrent_contribution import (
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
 
-
-@dataclass
-class Recording:
-    """What a recurrent layer leaves behind: contributions, filled in on the way back."""
-
-    contributions: list[RecurrentGradients] = field(default_factory=list)
+    from hospitium_client.training.clipping.recording import Recording
 
 
-def recorded_forward(
-    layer: nn.LSTM | nn.GRU, inputs: Tensor, recording: Recording, anchor: Tensor
-) -> Tensor:
+def recorded_states(layer: nn.LSTM | nn.GRU, inputs: Tensor, recording: Recording) -> Tensor:
     """Return the layer's states ``[batch, time, hidden]`` like the layer itself does.
 
-    ``anchor`` is any tensor that requires a gradient; it makes autograd come back here.
+    Its contributions are recorded on the way back.
     """
     kind = _Lstm if isinstance(layer, nn.LSTM) else _Gru
     states = inputs.transpose(0, 1) if layer.batch_first else inputs
@@ -47,7 +39,7 @@ def recorded_forward(
                 for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             ]
             given = states.flip(0) if suffix else states
-            out = kind.apply(given.contiguous(), anchor, recording, *weights)  # type: ignore[no-untyped-call]  # torch types apply so
+            out = kind.apply(given.contiguous(), recording.anchor, recording, *weights)  # type: ignore[no-untyped-call]  # torch types apply so
             directions.append(out.flip(0) if suffix else out)
         states = torch.cat(directions, 2) if layer.bidirectional else directions[0]
         if layer.dropout and layer.training and depth < layer.num_layers - 1:
@@ -125,7 +117,7 @@ class _Lstm(torch.autograd.Function):
         needed = ctx.needs_input_grad[0]  # type: ignore[attr-defined]  # torch sets it
         d_inputs = slopes @ kept.parameters.weight_in if needed else None
         kept.kept = None
-        return d_inputs, torch.zeros(()), *[None] * 5
+        return d_inputs, torch.zeros_like(kept.recording.anchor), *[None] * 5
 
 
 class _Gru(torch.autograd.Function):
@@ -189,4 +181,4 @@ class _Gru(torch.autograd.Function):
         needed = ctx.needs_input_grad[0]  # type: ignore[attr-defined]  # torch sets it
         d_inputs = slopes[:, :, : 3 * size] @ weight_in.roll(size, 0) if needed else None
         kept.kept = None
-        return d_inputs, torch.zeros(()), *[None] * 5
+        return d_inputs, torch.zeros_like(kept.recording.anchor), *[None] * 5
