@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from hospitium_client.training.augment import augmentation
+from hospitium_client.training.clip_norm import ClipNorms
 from hospitium_client.training.losses import per_sample_loss
 from hospitium_client.training.optimizers import local_optimizer
 from hospitium_client.training.private import PrivateStepPlan, train_privately
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from torch import Generator, Tensor, nn
 
@@ -48,6 +50,7 @@ def private_plan(study: Study, samples: Samples, noise_multiplier: float) -> Pri
         physical_batch=privacy.physical_batch,
         augmentation_multiplicity=privacy.augmentation_multiplicity,
         honest_sites=privacy.honest_sites,
+        clip_quantile=privacy.clip_quantile,
     )
 
 
@@ -63,10 +66,18 @@ def train_with_privacy(
     training_round: int,
     *,
     plan: PrivateStepPlan,
+    home: Path,
     entropy: Entropy,
     on_step: Callable[[], None] | None = None,
 ) -> LocalTotals:
-    """Train the model in place with the study's optimizer under differential privacy."""
+    """Train the model in place with the study's optimizer under differential privacy.
+
+    A clipping norm that follows a quantile is kept in ``home`` from round to round. It depends on
+    noisy counts only, whose cost is in the plan's.
+    """
+    norms = ClipNorms(home)
+    if plan.clip_quantile is not None:
+        plan = replace(plan, clip_norm=norms.before(training_round, plan.clip_norm))
     with _dropout_from(entropy("training/dropout")):
         totals = train_privately(
             model,
@@ -79,6 +90,8 @@ def train_with_privacy(
             proximal=_proximal(model, study),
             on_step=on_step,
         )
+    if plan.clip_quantile is not None:
+        norms.note(training_round, totals.clip_norm)
     return LocalTotals(
         steps=totals.steps,
         mean_loss=totals.mean_loss,

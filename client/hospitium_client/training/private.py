@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from hospitium_client.training.clip_norm import clip_norm_of
 from hospitium_client.training.clipping.clipped_sum import clipped_sum
 from hospitium_client.training.clipping.fast import check_layers, contributions
 from hospitium_client.training.clipping.opacus_hooks import OpacusHooks
@@ -36,7 +37,8 @@ class PrivateStepPlan:
     ``sample_rate`` is the probability of each unit per step; ``records_per_patient`` caps what
     a patient brings to a step; ``physical_batch`` bounds memory and changes nothing else. With
     ``honest_sites`` > 1 the site adds only its share of the noise, 1/√honest_sites of it: the
-    others in the masked sum add theirs.
+    others in the masked sum add theirs. With a ``clip_quantile`` the clipping norm follows that
+    quantile of the gradients' norms, from ``clip_norm`` on, and gradients count in units of it.
     """
 
     sample_rate: float
@@ -49,6 +51,7 @@ class PrivateStepPlan:
     physical_batch: int
     augmentation_multiplicity: int = 1
     honest_sites: int = 1
+    clip_quantile: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.sample_rate <= 1:
@@ -83,7 +86,8 @@ class PrivateStepPlan:
 class StepTotals:
     """What happened; exact figures of the site's own, never released as they are.
 
-    ``events`` is what to book; it holds nothing but the plan.
+    ``events`` is what to book; it holds nothing but the plan. ``clip_norm`` is the one that the
+    next round begins with.
     """
 
     events: tuple[SpendEvent, ...]
@@ -91,6 +95,7 @@ class StepTotals:
     units_seen: int
     dropped_non_finite: int
     mean_loss: float
+    clip_norm: float
 
 
 def train_privately(
@@ -134,6 +139,7 @@ def train_privately(
     expected = plan.sample_rate * units
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     names = {id(p): name for name, p in model.named_parameters()}
+    clipping = clip_norm_of(plan, expected)
     loss_sum, seen, records, dropped = 0.0, 0, 0, 0
     model.train()
     for _ in range(plan.steps):
@@ -144,8 +150,9 @@ def train_privately(
             found, losses = gradients_of(model, inputs, _against(targets, per_sample_loss))
             clipped = clipped_sum(
                 found, unit_of=part.unit_of, units=part.units, weights=part.weights,
-                clip_norm=plan.clip_norm,
+                clip_norm=clipping.value,
             )  # fmt: skip
+            clipping.see(clipped.norms)
             for parameter, gradient in clipped.gradients:
                 total[id(parameter)] += gradient
             dropped += clipped.dropped
@@ -153,12 +160,13 @@ def train_privately(
             records += len(losses)
         seen += drawn.units
         for parameter in trained:
-            spread = noise.normal(parameter.shape, plan.own_noise)
-            gradient = (total[id(parameter)] + spread.to(parameter.device)) / expected
+            spread = noise.normal(parameter.shape, clipping.noise)
+            gradient = (total[id(parameter)] + spread.to(parameter.device)) / clipping.divisor
             if proximal is not None:
                 pull = parameter.detach() - proximal[1][names[id(parameter)]]
                 gradient = gradient + proximal[0] * pull
             parameter.grad = gradient
+        clipping.step(noise)
         optimizer.step()
         if on_step is not None:
             on_step()
@@ -169,6 +177,7 @@ def train_privately(
         units_seen=seen,
         dropped_non_finite=dropped,
         mean_loss=loss_sum / records if records else math.nan,
+        clip_norm=clipping.value,
     )
 
 

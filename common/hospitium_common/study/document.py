@@ -114,6 +114,10 @@ class Study(Section):
                 "strategy.local_norms = false: what stays at a site has one share of noise only",
             ),
             (
+                self.privacy.clip_quantile is not None,
+                "no privacy.clip_quantile: all sites have to clip alike",
+            ),
+            (
                 self.robustness.update_norm is not None,
                 "no robustness.update_norm: its scale would tell of an update with one share",
             ),

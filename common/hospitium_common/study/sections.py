@@ -84,12 +84,16 @@ class Privacy(Section):
     With ``noise = "local"`` every site adds all the noise that its own promise needs. With
     ``"distributed"`` it adds 1/√honest_sites of it, and the sum of a round has enough as long as
     that many of its sites keep to the protocol and share nothing with the coordinator.
+
+    With a ``clip_quantile`` the clipping norm begins at ``clip_norm`` and then follows that
+    quantile of the gradients' norms at each site, counted with noise (Andrew et al. 2021).
     """
 
     mode: Literal["dp", "none"] = "dp"
     epsilon: Positive | None = None
     delta: float | None = Field(default=None, gt=0, lt=1)
     clip_norm: Positive = 1.0
+    clip_quantile: float | None = Field(default=None, gt=0, lt=1)
     unit: Literal["patient", "record"] = "patient"
     records_per_patient: int = Field(default=4, gt=0)
     engine: Literal["fast", "opacus"] = "fast"
