@@ -17,6 +17,7 @@ allow_record_level_privacy = false
 largest_weight = 10000
 most_rounds = 200
 smallest_count = 10                 # figures about fewer patients never leave
+most_evaluations = 8                # of one study on held-out patients; each tells a little
 """
 
 
@@ -38,6 +39,7 @@ class SitePolicy(BaseModel):
     largest_weight: int = Field(default=10_000, gt=0)
     most_rounds: int = Field(default=200, gt=0)
     smallest_count: int = Field(default=10, ge=0)
+    most_evaluations: int = Field(default=8, gt=0)
 
     def check(self, study: Study) -> None:
         """Compare a study with the rules.

@@ -15,6 +15,7 @@ import numpy as np
 
 from hospitium_client.protection import masking
 from hospitium_client.protection.ledger import Kind, Ledger, Spend
+from hospitium_client.protection.receipts import Receipt, keep_receipt
 from hospitium_client.protection.site_state import SiteState
 from hospitium_client.training.accounting import is_within
 from hospitium_client.work import Contribution, SiteWork
@@ -43,7 +44,7 @@ from hospitium_common.messages import (
 )
 from hospitium_common.metrics import TailLayout, note_clipped
 from hospitium_common.models import build, shared_layout
-from hospitium_common.schedule import secagg_policy, training_round
+from hospitium_common.schedule import check_task, secagg_policy, training_round
 from hospitium_common.secagg.fixed_point import Quantiser, quantise, step_sizes
 
 if TYPE_CHECKING:
@@ -66,6 +67,10 @@ REASONS: tuple[tuple[type[HospitiumError], Reason], ...] = (
     (BudgetExceeded, Reason.BUDGET),
     (DataRejected, Reason.DATA),
 )
+
+
+MOST_STATISTICS = 4
+"""Rounds of statistics that a study gets: one, and some that the coordinator lost."""
 
 
 class Session:
@@ -183,6 +188,7 @@ class Session:
         if task.study != self._study.digest:
             raise NotApproved("expected the study that this session was opened for, got another")
         self._policy.check(self._study)
+        check_task(task, self._index, self._study)
         policy = self._round_policy(task.round)
         state, answer = masking.ready(self._party(), self._state, policy, task, self._entropy)
         key = hashlib.sha256(encode_parts(task.round, task.model_digest)).digest()
@@ -198,8 +204,11 @@ class Session:
                 step_sizes(task.quantiser, policy),
             )  # fmt: skip
         self._keep(
-            _Kept(key=key, round=task.round, quantiser=task.quantiser, contribution=contribution)
-        )
+            _Kept(
+                key=key, round=task.round, quantiser=task.quantiser, contribution=contribution,
+                previous_result=task.previous_result,
+            )
+        )  # fmt: skip
         return state, answer
 
     def _opened_work(self) -> SiteWork:
@@ -209,6 +218,8 @@ class Session:
 
     def _contribution(self, task: Task) -> Contribution:
         work, layout = self._opened_work(), self._opened_work().layout
+        if task.purpose is not Purpose.TRAIN:
+            self._check_count(task)
         if task.purpose is Purpose.STATISTICS:
             contribution = work.statistics()
             self._book(task, "statistics", None, 0.0)
@@ -236,6 +247,22 @@ class Session:
             number, parameters, task.public, lambda label: entropy(f"{label}/{task.round}")
         )
 
+    def _check_count(self, task: Task) -> None:
+        """Figures leave without noise, so a study gets them a few times only.
+
+        Raises:
+            BudgetExceeded: it had its share.
+            NotApproved: it wants an evaluation before this site has trained for it.
+        """
+        spends = [one for one in self._ledger.spends() if one.study == self._study.digest]
+        kind = "statistics" if task.purpose is Purpose.STATISTICS else "evaluation"
+        before = {one.round for one in spends if one.kind == kind} - {task.round}
+        most = MOST_STATISTICS if kind == "statistics" else self._policy.most_evaluations
+        if len(before) >= most:
+            raise BudgetExceeded(f"expected at most {most} rounds of {kind}, got one more")
+        if kind == "evaluation" and all(one.kind != "training" for one in spends):
+            raise NotApproved("expected an evaluation after this site has trained, got one before")
+
     def _book(self, task: Task, kind: Kind, event: SpendEvent | None, delta: float) -> None:
         limit = self._study.privacy.epsilon
 
@@ -261,7 +288,15 @@ class Session:
         tail = kept.contribution.tail
         if clipped:
             tail = note_clipped(tail, clipped)
-        return masking.mask(self._party(), self._state, policy, request, words, tail)
+        party = self._party()
+        state, answer = masking.mask(party, self._state, policy, request, words, tail)
+        receipt = Receipt(
+            site=self._index, round=number, attempt=self._state.latest[1],
+            roster=party.roster.digest, context=answer.context, digest=answer.digest,
+            previous_result=kept.previous_result,
+        )  # fmt: skip
+        keep_receipt(self._home / "receipts", receipt)
+        return state, answer
 
     def _round_policy(self, round_number: int) -> SecAggPolicy:
         return secagg_policy(self._study, self._tail_words, round_number)
@@ -305,12 +340,14 @@ class _Kept:
     round: int
     quantiser: Quantiser
     contribution: Contribution
+    previous_result: bytes
 
     def encode(self) -> bytes:
         vector, tail = self.contribution.vector, self.contribution.tail
         return encode_parts(
-            self.key, self.round, self.quantiser.encode(), vector.tobytes(), tail.tobytes()
-        )
+            self.key, self.round, self.quantiser.encode(), vector.tobytes(), tail.tobytes(),
+            self.previous_result,
+        )  # fmt: skip
 
     @classmethod
     def decode(cls, data: bytes) -> _Kept:
@@ -319,6 +356,9 @@ class _Kept:
         quantiser = Quantiser.decode(reader.bytes())
         vector = np.frombuffer(reader.bytes(), np.float32)
         tail = np.frombuffer(reader.bytes(), np.uint64)
+        previous = reader.bytes(64)
         reader.finish()
-        contribution = Contribution(vector=vector, tail=tail)
-        return cls(key=key, round=number, quantiser=quantiser, contribution=contribution)
+        return cls(
+            key=key, round=number, quantiser=quantiser, previous_result=previous,
+            contribution=Contribution(vector=vector, tail=tail),
+        )  # fmt: skip

@@ -15,15 +15,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hospitium_common.errors import PeerProtocolError
+from hospitium_common.messages import Purpose
 from hospitium_common.secagg.policy import SecAggPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from hospitium_common.messages import Task
     from hospitium_common.study import Study
 
 NUMBERS_PER_STAGE = 16
 STATISTICS_STAGE = 1
+EVALUATION_STAGES = 2
+"""Evaluations follow the last training round: of the last model, and of the best."""
 SMALLEST_MEDIAN = 3
 """Of fewer groups, a bad one decides: a round with groups needs as many that came to a sum."""
 
@@ -36,6 +40,30 @@ def training_stage(training_round: int) -> int:
 def protocol_round(stage: int, retry: int = 0) -> int:
     """Return the protocol's number of a stage's first (0) or a later try."""
     return stage * NUMBERS_PER_STAGE + retry
+
+
+def check_task(task: Task, site: int, study: Study) -> None:
+    """Demand that a task's purpose belongs to its round, and updates to the site's own group.
+
+    Statistics are stage 1, and evaluations come after the first training round: a coordinator
+    cannot ask for figures whenever it likes.
+
+    Raises:
+        PeerProtocolError: the coordinator asks for something else.
+    """
+    stage = task.round // NUMBERS_PER_STAGE
+    if task.purpose is Purpose.TRAIN:
+        training_round(task.round, study)
+        if {group_of(one, study) for one in task.invited} != {group_of(site, study)}:
+            raise PeerProtocolError("expected updates of this site's own group, got others", 0)
+        return
+    first, last = STATISTICS_STAGE, STATISTICS_STAGE
+    if task.purpose is Purpose.EVALUATE:
+        first, last = training_stage(1) + 1, training_stage(study.rounds) + EVALUATION_STAGES
+    if not first <= stage <= last:
+        raise PeerProtocolError(
+            f"expected {task.purpose.name} in stages {first} to {last}, got it in {stage}", blame=0
+        )
 
 
 def training_round(round_number: int, study: Study) -> int:
