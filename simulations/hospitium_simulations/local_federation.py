@@ -16,7 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
+from hospitium_common.enrolment.names import name_from_title
 from hospitium_common.errors import HospitiumError
+from hospitium_server.settings import CoordinatorHome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +57,7 @@ class LocalFederation:
     def __post_init__(self) -> None:
         self.directory = self.directory.absolute()
         for title in self.titles:
-            name = "".join(c if c.isalnum() else "-" for c in title.lower()).replace("--", "-")
+            name = name_from_title(title)
             home = self.directory / name
             self.hospitals[name] = Hospital(name=name, title=title, home=home)
 
@@ -98,9 +100,7 @@ class LocalFederation:
     def open(self, name: str) -> None:
         """Start one hospital's node and trainer."""
         hospital = self.hospitals[name]
-        hospital.process = self._start(
-            f"{name}.log", "site", "run", "--home", hospital.home
-        )
+        hospital.process = self._start(f"{name}.log", "site", "run", "--home", hospital.home)
 
     def run(self, *arguments: object) -> str:
         """Run one command in ``directory`` and return what it printed.
@@ -117,6 +117,19 @@ class LocalFederation:
         if done.returncode:
             raise HospitiumError(f"`hospitium {' '.join(words)}` failed: {done.stderr.strip()}")
         return done.stdout
+
+    def show(self, *arguments: object) -> None:
+        """Run one command in this terminal.
+
+        Raises:
+            HospitiumError: it failed.
+        """
+        words = [str(one) for one in arguments]
+        self.say("hospitium " + " ".join(self._shortened(word) for word in words))
+        command = [*_program(), *words]
+        code = subprocess.call(command, cwd=self.directory, env=self._environment())  # noqa: S603 - our own program
+        if code:
+            raise HospitiumError(f"`hospitium {' '.join(words)}` failed with code {code}")
 
     def stop(self) -> None:
         """Ask every process to end, and make sure that it does."""
@@ -144,8 +157,6 @@ class LocalFederation:
             )  # fmt: skip
 
     def _wait_for_port(self, patience_s: float = 60.0) -> None:
-        from hospitium_server.settings import CoordinatorHome
-
         process, network = self.coordinator_process, CoordinatorHome(self.home).settings().network
         until = time.monotonic() + patience_s
         while time.monotonic() < until and process is not None and process.poll() is None:
