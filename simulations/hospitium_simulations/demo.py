@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from contextlib import ExitStack
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -12,9 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from hospitium_client.settings import SiteHome
-from hospitium_client.studies import all_studies
-from hospitium_common.errors import HospitiumError
 from hospitium_common.study import load_study
 from hospitium_common.study.explain import promise
 from hospitium_simulations.local_federation import LocalFederation
@@ -29,7 +25,6 @@ STUDIES: tuple[tuple[str, str, Callable[..., None]], ...] = (
     ("films.toml", "films", write_films),
     ("stays.toml", "stays", write_stays),
 )
-ARRIVAL_S = 60.0
 
 
 def demo(
@@ -78,30 +73,12 @@ def _study(
     console.rule(f"[bold]{study.study.title}")
     console.print(promise(study), style="italic")
     for number, hospital in enumerate(federation.hospitals.values(), start=1):
-        data = federation.directory / "data" / hospital.name / kind
-        if not data.exists():
-            write(data, sites=1, patients_per_site=patients, seed=study.study.seed + number)
+        if not (hospital.home / kind).exists():
+            write(hospital.home / kind, sites=1, patients_per_site=patients,
+                  seed=study.study.seed + number)  # fmt: skip
     report = federation.home / "studies" / study.study.id / "report.html"
     if not report.exists():
-        federation.run("study", "submit", file, "--home", federation.home)
-        for hospital in federation.hospitals.values():
-            _wait_for(SiteHome(hospital.home), study.digest)
-            data = federation.directory / "data" / hospital.name / kind
-            federation.run(
-                "site", "approve", study.study.id, "--data", data, "--home", hospital.home
-            )
+        federation.begin(own, dict.fromkeys(federation.hospitals, kind))
         federation.show("study", "watch", study.study.id, "--home", federation.home)
         federation.run("study", "report", study.study.id, "--home", federation.home)
     return report
-
-
-def _wait_for(home: SiteHome, digest: bytes) -> None:
-    """Wait until the coordinator's offer has reached a hospital: people approve what they saw."""
-    until = time.monotonic() + ARRIVAL_S
-    while not any(one.study.digest == digest for one in all_studies(home.studies)):
-        if time.monotonic() > until:
-            raise HospitiumError(
-                f"{home.path}: expected the study to arrive within {ARRIVAL_S:.0f} s, it did not; "
-                f"the log beside it says why"
-            )
-        time.sleep(0.1)

@@ -16,8 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
+from hospitium_client.settings import SiteHome
+from hospitium_client.studies import all_studies
 from hospitium_common.enrolment.names import name_from_title
 from hospitium_common.errors import HospitiumError
+from hospitium_common.study import load_study
 from hospitium_server.settings import CoordinatorHome
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 SMALLEST_COHORT = 3
 GRACE_S = 20.0
+ARRIVAL_S = 60.0
 
 
 @dataclass(kw_only=True)
@@ -101,6 +105,16 @@ class LocalFederation:
         """Start one hospital's node and trainer."""
         hospital = self.hospitals[name]
         hospital.process = self._start(f"{name}.log", "site", "run", "--home", hospital.home)
+
+    def begin(self, study: Path, data: Mapping[str, str]) -> None:
+        """Submit a study; every hospital in ``data`` approves it for that folder of its home."""
+        document = load_study(study)
+        self.run("study", "submit", study.name, "--home", self.home)
+        for name, folder in data.items():
+            hospital = self.hospitals[name]
+            _wait_for_arrival(SiteHome(hospital.home), document.digest)
+            self.run("site", "approve", document.study.id, "--data", hospital.home / folder,
+                     "--home", hospital.home)  # fmt: skip
 
     def run(self, *arguments: object) -> str:
         """Run one command in ``directory`` and return what it printed.
@@ -184,6 +198,18 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
+
+
+def _wait_for_arrival(home: SiteHome, digest: bytes) -> None:
+    """Wait until the coordinator's offer has reached a hospital: people approve what they saw."""
+    until = time.monotonic() + ARRIVAL_S
+    while not any(one.study.digest == digest for one in all_studies(home.studies)):
+        if time.monotonic() > until:
+            raise HospitiumError(
+                f"{home.path}: expected the study to arrive within {ARRIVAL_S:.0f} s, it did not; "
+                "the log beside it says why"
+            )
+        time.sleep(0.1)
 
 
 def _program() -> list[str]:

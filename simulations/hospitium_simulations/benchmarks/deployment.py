@@ -13,16 +13,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-import numpy as np
 import psutil
 
-from hospitium_client.settings import SiteHome
-from hospitium_client.studies import all_studies
-from hospitium_common.study import load_study
 from hospitium_server.registry import Registry
 from hospitium_simulations.benchmarks.results import Result, publish
 from hospitium_simulations.benchmarks.stock_flower import stock_exchanges
 from hospitium_simulations.local_federation import LocalFederation
+from hospitium_simulations.quick_study import prepare_for_quick_studies, write_quick_study
 
 if TYPE_CHECKING:
     from hospitium_simulations.local_federation import Hospital
@@ -32,31 +29,6 @@ EXCHANGES = 4
 """Train, mask, confirm, unmask: a secure round has four."""
 LARGE = 25_000_000
 SETTLE_S, LOOK_S = 60.0, 30.0
-STUDY = """\
-format = 1
-rounds = {rounds}
-[study]
-id = "{name}"
-title = "What a deployed round costs"
-[task]
-kind = "tabular_classification"
-classes = ["low", "high"]
-[data]
-columns = [{{ name = "a", low = -5, high = 5 }}, {{ name = "b", low = -5, high = 5 }}]
-[model]
-name = "mlp"
-hidden = {hidden}
-[training]
-local_steps = 1
-batch_size = 16
-learning_rate = 0.001
-[privacy]
-mode = "none"
-[cohort]
-minimum_sites = 3
-maximum_sites = 3
-ring_bits = 16
-"""
 
 
 def main() -> None:
@@ -71,7 +43,7 @@ def measure(directory: Path) -> list[Result]:
     with LocalFederation(directory=directory / "ours", titles=TITLES) as federation:
         federation.found()
         for hospital in federation.hospitals.values():
-            _allow_and_fill(hospital)
+            prepare_for_quick_studies(hospital)
         federation.serve()
         for name in federation.hospitals:
             federation.open(name)
@@ -96,16 +68,8 @@ def _rounds(
     federation: LocalFederation, name: str, *, hidden: str, rounds: int
 ) -> tuple[float, float]:
     """Run a study; return a training round's median seconds and the study process's peak in GB."""
-    file = federation.directory / f"{name}.toml"
-    file.write_text(STUDY.format(name=name, hidden=hidden, rounds=rounds), encoding="utf-8")
-    digest = load_study(file).digest
-    federation.run("study", "submit", file.name, "--home", federation.home)
-    for hospital in federation.hospitals.values():
-        home = SiteHome(hospital.home)
-        while not any(one.study.digest == digest for one in all_studies(home.studies)):
-            time.sleep(0.1)
-        federation.run("site", "approve", name, "--data", hospital.home / "data",
-                       "--home", hospital.home)  # fmt: skip
+    file = write_quick_study(federation.directory, name, hidden=hidden, rounds=rounds)
+    federation.begin(file, {hospital: "data" for hospital in federation.hospitals})
     peak = _watch(federation, name)
     registry = Registry.open_existing(federation.home / "studies" / name)
     seconds = [made.seconds for made, _ in registry.history() if made.round > 1]
@@ -148,27 +112,7 @@ def _processor_s(hospital: Hospital) -> float:
         raise RuntimeError("expected a hospital that runs")
     parent = psutil.Process(hospital.process.pid)
     times = [one.cpu_times() for one in (parent, *parent.children(recursive=True))]
-    return sum(one.user + one.system for one in times)
-
-
-def _allow_and_fill(hospital: Hospital) -> None:
-    """Let a hospital train without privacy, and give it forty synthetic records."""
-    policy = hospital.home / "policy.toml"
-    rules = policy.read_text(encoding="utf-8")
-    policy.write_text(
-        rules.replace("without_privacy = false", "without_privacy = true"), encoding="utf-8"
-    )
-    data = hospital.home / "data"
-    data.mkdir()
-    generator = np.random.default_rng(len(hospital.name))
-    values = generator.normal(size=(40, 2)).clip(-4, 4)
-    rows = [
-        f"p{at},{a:.3f},{b:.3f},{'high' if a > b else 'low'}" for at, (a, b) in enumerate(values)
-    ]
-    (data / "rows.csv").write_text("patient,a,b,label\n" + "\n".join(rows) + "\n", "utf-8")
-    (data / "dataset.toml").write_text(
-        'kind = "table"\nsynthetic = true\nfile = "rows.csv"\n', encoding="utf-8"
-    )
+    return float(sum(one.user + one.system for one in times))
 
 
 if __name__ == "__main__":
