@@ -7,7 +7,7 @@ coordinator itself. A finished round in which something does not fit is the coor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from hospitium_common.errors import PeerProtocolError
@@ -65,6 +65,10 @@ class RoundAudit:
     transcripts: tuple[Transcript, ...]
     checks: tuple[Check, ...]
     sums: tuple[RecomputedSum, ...] = field(default=())
+
+    def with_checks(self, more: tuple[Check, ...]) -> RoundAudit:
+        """Return the same audit with more that was looked at."""
+        return replace(self, checks=self.checks + more)
 
     @property
     def holds(self) -> bool:

@@ -14,7 +14,7 @@ from rich.console import Console
 from hospitium_common.errors import HospitiumError
 
 INTERRUPTED = 130
-ORDER = ("study", "site", "data", "coordinator", "simulate", "demo")
+ORDER = ("study", "site", "data", "coordinator", "audit-round", "simulate", "demo")
 
 
 def main() -> None:
