@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hospitium_client import enrolment_cli
+from hospitium_client import enrolment_cli, inclusion_cli
 from hospitium_client.policy import NEW_POLICY, SitePolicy
 from hospitium_client.protection.ledger import Ledger
 from hospitium_common.durable import write_durably
@@ -22,6 +22,7 @@ from hospitium_common.study.signature import check_signature, fingerprint
 
 app = typer.Typer(help="A hospital's own decisions and books.", no_args_is_help=True)
 app.add_typer(enrolment_cli.app)
+app.add_typer(inclusion_cli.app)
 
 PolicyFile = Annotated[Path, typer.Option(help="The site's rules; made if it is not there.")]
 StudyFile = Annotated[Path, typer.Argument(help="The study file, its .sig beside it.")]

@@ -48,10 +48,10 @@ def check_models(audit: RoundAudit, registry: Registry, study: Study) -> tuple[C
 
 
 def _sent(audit: RoundAudit, registry: Registry) -> tuple[Version | None, Check]:
-    """Find the version that was sent: the newest one that fits."""
+    """Find the version that was sent: the first one that fits, later ones are copies of it."""
     what = "The model that was sent is a version of the registry"
     named = {one.task.model_digest for one in audit.transcripts}
-    for number, _, _ in reversed(registry.lineage()):
+    for number, _, _ in registry.lineage():
         version = registry.load(number)
         model = version.parameters.tobytes()
         if {model_digest(audit.purpose, model, version.normalisation)} == named:
