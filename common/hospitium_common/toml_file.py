@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=BaseModel)
 COMMENTS_AT = 34
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def read_toml(model: type[M], path: Path, *, what: str, remedy: str) -> M:
@@ -57,8 +59,8 @@ def with_text_value(text: str, section: str, key: str, value: str, *, name: str)
         ConfigError: the file is written in a way that this cannot change line by line.
     """
     before = _parse(text, name)
-    lines, start = text.splitlines(), 0
-    entry = f"{key if key.replace('-', '').replace('_', '').isalnum() else quoted(key)}"
+    lines = text.rstrip("\n").split("\n")
+    entry = key if BARE_KEY.fullmatch(key) else quoted(key)
     header = f"[{section}]"
     stripped = [line.split("#")[0].strip() for line in lines]
     if header not in stripped:
