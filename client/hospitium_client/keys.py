@@ -177,8 +177,11 @@ def check_passphrase(passphrase: bytes) -> None:
     """Refuse a passphrase that is quickly guessed.
 
     Raises:
-        ConfigError: it is shorter than ``SHORTEST_PASSPHRASE`` bytes.
+        ConfigError: it is shorter than ``SHORTEST_PASSPHRASE`` bytes, or has zero bytes, which
+            HMAC, and so scrypt, does not tell from none at the end.
     """
+    if b"\0" in passphrase:
+        raise ConfigError("expected a passphrase without zero bytes, got some; is it text?")
     if len(passphrase) < SHORTEST_PASSPHRASE:
         raise ConfigError(
             f"expected a passphrase of at least {SHORTEST_PASSPHRASE} characters, got a shorter "
