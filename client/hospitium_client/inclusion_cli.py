@@ -84,5 +84,6 @@ def _look(receipt: Receipt, archive: RoundArchive, study: Study, tail_words: int
     if not mine:
         return "this attempt came to nothing; the round was finished by another"
     policy = secagg_policy(study, tail_words, receipt.round)
-    check_receipt(receipt, mine[0], archive.roster(mine[0].roster_digest), policy)
-    return ""
+    roster = archive.roster(mine[0].roster_digest)
+    counted = check_receipt(receipt, mine[0], roster, policy)
+    return "" if counted else "counted without this site: its answer was late, or was left out"

@@ -35,6 +35,8 @@ MADE = "What came of the sum is in the registry"
 
 def check_models(audit: RoundAudit, registry: Registry, study: Study) -> tuple[Check, ...]:
     """Check the model that a round sent out and, where its sum was recomputed, what it led to."""
+    if not audit.holds:
+        return (Check(what=MADE, outcome="not checked", details=("the sum itself is broken",)),)
     if audit.purpose is Purpose.STATISTICS:
         return (_normalisation(audit, registry, study),)
     sent, check_of_sent = _sent(audit, registry)

@@ -12,7 +12,12 @@ from hospitium_common.codec import Reader, encode_parts
 from hospitium_common.durable import write_durably
 from hospitium_common.errors import ConfigError, PeerProtocolError
 from hospitium_common.secagg.context import round_context
-from hospitium_common.transcript import Transcript, announced, check_inclusion
+from hospitium_common.transcript import (
+    Transcript,
+    announced,
+    check_inclusion,
+    signature_faults,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,11 +95,14 @@ def read_receipts(directory: Path) -> tuple[Receipt, ...]:
 
 def check_receipt(
     receipt: Receipt, transcript: Transcript, roster: Roster, policy: SecAggPolicy
-) -> None:
-    """Check that this site's vector is in the sum that a transcript announces.
+) -> bool:
+    """Return whether this site's vector is in the sum that a transcript announces.
+
+    It may not be: an answer that came too late is left out, and so says the signed list.
 
     Raises:
-        PeerProtocolError: it is not, or the coordinator told others something else than this site.
+        PeerProtocolError: another vector was counted for it, something is not signed, or the
+            coordinator told others something else than this site.
     """
     context = round_context(transcript.task, roster, policy)
     if roster.digest != receipt.roster or context != receipt.context:
@@ -103,7 +111,12 @@ def check_receipt(
             "got, the transcript has another: the coordinator told two stories",
             blame=0,
         )
+    if receipt.site not in transcript.digests:
+        for fault in signature_faults(transcript, roster, policy):
+            raise fault
+        return False
     check_inclusion(transcript, roster, policy, receipt.site, receipt.digest)
+    return True
 
 
 def check_previous(receipt: Receipt, before: Sequence[Transcript]) -> None:
