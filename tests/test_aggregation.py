@@ -243,3 +243,22 @@ def test_an_aggregate_is_refused_that(case):
 )
 def test_rounds_before_bound_an_aggregate_only_from_three_on_and_by_their_median(norm, before):
     assert aggregation.check_aggregate(np.array([norm]), before, 99.0) == norm
+
+
+def test_the_moving_average_of_the_versions_by_hand():
+    study = study_with("fedavg", averaging=0.75)
+    state, parameters = aggregation.start(study, 1), np.zeros(1, np.float32)
+    averages = []
+    for update in (4.0, 4.0, -8.0):  # versions 4, 8, 0
+        state, parameters = aggregation.apply(study, state, parameters, np.array([update]))
+        averages.append(float(state.average[0]))
+    assert averages == [4.0, 0.75 * 4 + 0.25 * 8, 0.75 * 5 + 0.25 * 0]
+
+
+def test_no_average_is_kept_unless_the_study_asks_for_it():
+    study = study_with("fedavg")
+    state, _ = aggregation.apply(study, aggregation.start(study, 2), np.zeros(2, np.float32), ONES)
+    assert len(state.average) == 0
+
+
+ONES = np.ones(2)

@@ -43,7 +43,11 @@ def version(number, **changes) -> Version:
     made = Version(
         number=number,
         parameters=generator.normal(size=9).astype(np.float32),
-        optimizer=OptimizerState(first=generator.normal(size=9), second=generator.random(9)),
+        optimizer=OptimizerState(
+            first=generator.normal(size=9),
+            second=generator.random(9),
+            average=generator.normal(size=9),
+        ),
         normalisation=b"means and deviations",
         record=replace(RECORD, round=number),
     )
@@ -101,7 +105,7 @@ def test_what_was_saved_is_loaded_bit_by_bit_after_a_restart(registry):
 
 
 def test_a_version_without_optimizer_state_or_statistics_is_kept_too(registry):
-    nothing = OptimizerState(first=np.zeros(0), second=np.zeros(0))
+    nothing = OptimizerState(first=np.zeros(0), second=np.zeros(0), average=np.zeros(0))
     bare = version(0, optimizer=nothing, normalisation=b"", record=RoundRecord(round=0))
     registry.save(bare)
     assert_same(registry.latest(), bare)

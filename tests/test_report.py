@@ -52,7 +52,9 @@ def report_input(study, *, rounds=4, test_sums=None, **more) -> ReportInput:
     versions = [
         Version(
             number=number, parameters=np.zeros(3, np.float32),
-            optimizer=OptimizerState(first=np.zeros(0), second=np.zeros(0)), normalisation=b"",
+            optimizer=OptimizerState(
+                first=np.zeros(0), second=np.zeros(0), average=np.zeros(0)
+            ), normalisation=b"",
             record=record(number),
         )
         for number in range(rounds + 1)
@@ -67,7 +69,7 @@ def report_input(study, *, rounds=4, test_sums=None, **more) -> ReportInput:
         study=study,
         history=[(made, figures(sums(made.round, study), study)) for made in records],
         result=StudyResult(
-            last=versions[-1], best=versions[-2],
+            last=versions[-1], best=versions[-2], averaged=False,
             validation=figures(sums(50, study), study), test=figures(test_sums, study),
             test_sums=test_sums, stopped_early=False,
         ),

@@ -27,10 +27,14 @@ SUSPICIOUS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerState:
-    """First and second moment of the pseudo-gradient; empty where the strategy keeps none."""
+    """First and second moment of the pseudo-gradient, and the moving average of the parameters.
+
+    Each is empty where the strategy keeps none; the average also before the first round.
+    """
 
     first: Vector
     second: Vector
+    average: Vector
 
 
 def start(study: Study, size: int) -> OptimizerState:
@@ -41,6 +45,7 @@ def start(study: Study, size: int) -> OptimizerState:
     return OptimizerState(
         first=np.zeros(size) if keeps_first else nothing,
         second=np.full(size, strategy.tau**2) if adaptive else nothing,
+        average=nothing,
     )
 
 
@@ -69,7 +74,17 @@ def apply(
             second = second - (1 - strategy.beta_2) * square * np.sign(second - square)
         step = rate * first / (np.sqrt(second) + strategy.tau)
     moved = (parameters.astype(np.float64) + step).astype(np.float32)
-    return OptimizerState(first=first, second=second), moved
+    average = _averaged(state.average, moved, strategy.averaging)
+    return OptimizerState(first=first, second=second, average=average), moved
+
+
+def _averaged(average: Vector, parameters: NDArray[np.float32], decay: float) -> Vector:
+    """Return the moving average with one more version; the first one is the average of itself."""
+    if decay == 0.0:
+        return average
+    if len(average) == 0:
+        return parameters.astype(np.float64)
+    return decay * average + (1 - decay) * parameters
 
 
 def check_aggregate(mean_update: Vector, norms_before: Sequence[float], bound: float) -> float:

@@ -182,6 +182,7 @@ class Registry:
             "parameters": version.parameters,
             "optimizer.first": version.optimizer.first,
             "optimizer.second": version.optimizer.second,
+            "optimizer.average": version.optimizer.average,
             "normalisation": np.frombuffer(version.normalisation, np.uint8),
         }
         parent = self._digest_of(version.number - 1)
@@ -271,7 +272,9 @@ class Registry:
             number=number,
             parameters=tensors["parameters"],
             optimizer=OptimizerState(
-                first=tensors["optimizer.first"], second=tensors["optimizer.second"]
+                first=tensors["optimizer.first"],
+                second=tensors["optimizer.second"],
+                average=tensors["optimizer.average"],
             ),
             normalisation=tensors["normalisation"].tobytes(),
             record=_record(row[1], row[2]),

@@ -152,16 +152,21 @@ def _verdict(given: ReportInput) -> str:
     test = given.result.test
     if math.isnan(test.auroc):
         return (
-            f"The federated model (version {given.result.best.number} of "
-            f"{given.result.last.number}) was tested on {test.records} records, which do not hold "
-            "both kinds of patients; AUROC is undefined on them."
+            f"The federated model ({_which(given)}) was tested on {test.records} records, which "
+            "do not hold both kinds of patients; AUROC is undefined on them."
         )
     return (
         f"The federated model reaches an AUROC of {test.auroc:.3f} (95 % interval "
         f"{test.auroc_low:.3f} to {test.auroc_high:.3f}) on {test.records} test records that no "
-        f"hospital trained on. It is version {given.result.best.number} of "
-        f"{given.result.last.number}."
+        f"hospital trained on. It is {_which(given)}."
     )
+
+
+def _which(given: ReportInput) -> str:
+    result = given.result
+    if result.averaged:
+        return f"the moving average of the versions up to {result.best.number}"
+    return f"version {result.best.number} of {result.last.number}"
 
 
 def _comparison(given: ReportInput) -> list[tuple[str, Figures]]:

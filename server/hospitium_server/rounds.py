@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from hospitium_common.errors import HospitiumError
 from hospitium_common.messages import Purpose
 from hospitium_common.metrics import EvaluationSums
@@ -28,7 +30,6 @@ from hospitium_server.steps import RoundInput, Step, model_of, round_record, sco
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from hospitium_common.metrics import EvaluationTotals, TailLayout
@@ -56,10 +57,14 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
-    """The end of a study: the last and the best version, and how the best one does."""
+    """The end of a study: the last and the best version, and how the best one does.
+
+    ``averaged`` says that ``best`` is the moving average of the versions up to its number.
+    """
 
     last: Version
     best: Version
+    averaged: bool
     validation: Figures
     test: Figures
     test_sums: EvaluationSums
@@ -240,23 +245,47 @@ class StudyRun:
         number = selection.best_version(self._study, self._registry.history())
         best = last if number is None else self._registry.load(number)
         totals = self._evaluate(stage + 1, best)
+        averaged = self._average(stage + 2, last, totals)
+        if averaged is not None:
+            best, totals = averaged
         return StudyResult(
             last=last,
             best=best,
+            averaged=averaged is not None,
             validation=figures(totals.validation, self._study),
             test=figures(totals.test, self._study),
             test_sums=totals.test,
             stopped_early=stopped,
         )
 
-    def _evaluate(self, stage: int, version: Version) -> EvaluationTotals:
-        """Return how a version does on held-out patients; the sites are asked once for each."""
-        kept = self._registry.evaluation(version.number)
+    def _average(
+        self, stage: int, last: Version, best: EvaluationTotals
+    ) -> tuple[Version, EvaluationTotals] | None:
+        """Return the moving average, if the study keeps one and it does as well as the best."""
+        if len(last.optimizer.average) == 0:
+            return None
+        version = replace(last, parameters=last.optimizer.average.astype(np.float32))
+        totals = self._evaluate(stage, version, number=self._study.rounds + 1)
+        average, chosen = (
+            selection.merit(self._study, figures(one.validation, self._study))
+            for one in (totals, best)
+        )
+        return (version, totals) if average >= chosen else None
+
+    def _evaluate(
+        self, stage: int, version: Version, number: int | None = None
+    ) -> EvaluationTotals:
+        """Return how a version does on held-out patients; the sites are asked once for each.
+
+        ``number`` is what its totals are kept under, if not the version's own.
+        """
+        number = version.number if number is None else number
+        kept = self._registry.evaluation(number)
         if kept is None:
             kept = self._sum_figures(
                 stage, Purpose.EVALUATE, version.parameters, version.normalisation
             ).tail
-            self._registry.keep_evaluation(version.number, kept)
+            self._registry.keep_evaluation(number, kept)
         return self._tail_layout.evaluation(kept)
 
     def _sum_figures(

@@ -56,12 +56,16 @@ def has_stalled(study: Study, history: History) -> bool:
     return max(scores[-rule.patience :]) <= max(scores[: -rule.patience]) + rule.min_delta
 
 
+def merit(study: Study, seen: Figures) -> float:
+    """Return by what versions are chosen: validation AUROC, or minus the loss; higher is better."""
+    rule = study.early_stopping
+    return -seen.loss if rule is not None and rule.metric == "loss" else seen.auroc
+
+
 def best_version(study: Study, history: History) -> int | None:
     """Return the version with the best validation metric; the later one where two agree."""
-    rule = study.early_stopping
-    metric = "auroc" if rule is None else rule.metric
     scored = [
-        (seen.auroc if metric == "auroc" else -seen.loss, made.round)
+        (merit(study, seen), made.round)
         for made, seen in history
         if seen is not None and made.round > 0 and not made.withdrawn
     ]

@@ -157,7 +157,9 @@ class Strategy(Section):
 
     ``proximal_mu`` is FedProx's pull towards the global model (Li et al. 2020); the adaptive
     ones are those of Reddi et al. 2021. ``local_norms`` keeps normalisation layers at the
-    sites (FedBN, Li et al. 2021).
+    sites (FedBN, Li et al. 2021). ``averaging`` > 0 keeps a moving average of the versions with
+    that decay per round; it is released where it does at least as well on validation patients as
+    the best version (De et al. 2022). It costs no privacy.
     """
 
     name: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
@@ -168,6 +170,7 @@ class Strategy(Section):
     tau: Positive = 1e-3
     proximal_mu: NotNegative = 0.0
     local_norms: bool = False
+    averaging: Probability = 0.0
 
     @model_validator(mode="after")
     def _proximal_where_it_belongs(self) -> Self:
