@@ -23,8 +23,8 @@ from hospitium_common.enrolment.request import EnrolmentRequest, make_request
 from hospitium_common.errors import ConfigError
 from hospitium_common.secagg.keys import PublicKeys, SiteKeys
 from hospitium_common.study.signature import fingerprint
-from hospitium_server.enrolment import keys_ever_used, load_roster, plan_enrolment
-from hospitium_server.keys import load_governance_key
+from hospitium_server.enrolment import keys_ever_used, load_roster, plan_enrolment, store_roster
+from hospitium_server.keys import load_governance_key, load_key
 from tests.enrolment_kit import YEAR_S, Federation, Governance, member, refuse, succeed
 
 
@@ -371,6 +371,42 @@ def test_a_revoked_hospital_comes_back_under_new_keys_at_its_old_place(net):
     assert open_site(net.site("ukm"), no_passphrase).member.index == 2
     assert net.site("ukm").ledger.read_bytes() == b"what was spent"
     assert net.relay("st-anna").verdict is Verdict.WAITING
+
+
+def test_the_coordinator_changes_its_key_and_every_hospital_decides(net, monkeypatch):
+    net.join("ukm")
+    old = load_key(net.coordinator.coordinator_key).public_key().public_bytes_raw()
+    with monkeypatch.context() as power:
+        power.setattr("pathlib.Path.replace", lambda *_: 1 / 0)
+        assert net.run_coordinator("rotate", "--yes").exit_code == 1
+    assert load_key(net.coordinator.coordinator_key).public_key().public_bytes_raw() == old
+    shown = succeed(net.run_coordinator("rotate", "--yes"))
+    roster = load_roster(net.coordinator)
+    new = load_key(net.coordinator.coordinator_key).public_key().public_bytes_raw()
+    assert roster.coordinator == new != old
+    assert fingerprint(new) in shown
+    assert net.relay("ukm").verdict is Verdict.WAITING
+    shown = succeed(net.run_site("ukm", "accept-roster", typed="y\n"))
+    assert "the coordinator has another key" in shown
+    assert fingerprint(old) in shown
+    assert fingerprint(new) in shown
+    assert PinnedRosters(net.site("ukm")).pinned().coordinator == new
+
+
+def test_an_interrupted_change_of_the_coordinators_key_is_mended(net, monkeypatch):
+    with monkeypatch.context() as power:
+        power.setattr("hospitium_server.founding.store_roster", _store_then_lose_power)
+        assert net.run_coordinator("rotate", "--yes").exit_code == 1
+    assert load_roster(net.coordinator).version == 2
+    succeed(net.run_coordinator("rotate", "--yes"))
+    roster, key = load_roster(net.coordinator), load_key(net.coordinator.coordinator_key)
+    assert roster.version == 2
+    assert roster.coordinator == key.public_key().public_bytes_raw()
+
+
+def _store_then_lose_power(home, roster):
+    store_roster(home, roster)
+    raise ZeroDivisionError
 
 
 def test_an_enrolment_expires_on_both_sides(net):

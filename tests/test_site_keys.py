@@ -135,7 +135,7 @@ def damages():
     yield "another format", lambda fields: json.dumps({**fields, "format": "other"})
 
 
-@pytest.mark.parametrize(("name", "damage"), damages())
+@pytest.mark.parametrize(("name", "damage"), list(damages()))
 @pytest.mark.parametrize("passphrase", [None, WORDS])
 def test_a_damaged_file_is_named_and_says_what_to_do(tmp_path, name, damage, passphrase):
     path = tmp_path / "k"

@@ -179,6 +179,33 @@ def revoke(
 
 
 @app.command()
+def rotate(
+    home: Home = HERE,
+    governance_key: GovernanceKey = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Give the coordinator a new signing key, because the server was broken into or moved.
+
+    Every hospital's administrator has to accept it: they are shown both fingerprints.
+    """
+    folder = CoordinatorHome(home)
+    with one_at_a_time(folder):
+        before = load_roster(folder)
+        governance = load_governance_key(governance_key or folder.governance_key)
+        if not yes:
+            typer.confirm("Every hospital will have to accept the new key. Go on?", abort=True)
+        roster = founding.rotate_coordinator_key(folder, before, governance)
+    say = Console(soft_wrap=True, highlight=False)
+    say.print(f"The coordinator has another key; the roster is at version {roster.version}.")
+    say.print(f"  from now on  [bold]{fingerprint(roster.coordinator)}[/bold]")
+    say.print(
+        "Restart `hospitium coordinator serve` and send every hospital the roster with "
+        "`hospitium coordinator admission NAME`, or let them run `hospitium site accept-roster`. "
+        "Sign studies that go on again: `hospitium coordinator sign`."
+    )
+
+
+@app.command()
 def renew(home: Home = HERE) -> None:
     """Make a new server certificate under the same CA; hospitals notice nothing.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hospitium_common.durable import write_durably
@@ -18,8 +19,8 @@ from hospitium_server.certificates import (
     make_ca,
     make_server_certificate,
 )
-from hospitium_server.enrolment import store_roster
-from hospitium_server.keys import make_key
+from hospitium_server.enrolment import next_version, store_roster
+from hospitium_server.keys import load_key, make_key
 from hospitium_server.settings import CoordinatorHome, CoordinatorSettings, settings_text
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 
 def found(
@@ -75,6 +77,27 @@ def renew(home: CoordinatorHome, now: datetime) -> x509.Certificate:
     write_durably(home.resolve(settings.tls.key), key_pem(key))
     write_durably(home.resolve(settings.tls.certificate), certificate_pem(certificate))
     return certificate
+
+
+def rotate_coordinator_key(
+    home: CoordinatorHome, roster: FederationRoster, governance: Ed25519PrivateKey
+) -> FederationRoster:
+    """Give the coordinator a new signing key, and return the roster that names it.
+
+    Hospitals go over to it when their administrators accepted that roster. Running it again mends
+    an interrupted rotation: the roster is stored first, and says which key is the right one.
+
+    Raises:
+        ConfigError: this is not the federation's governance key, or a key is damaged.
+    """
+    waiting = home.coordinator_key.with_name("coordinator.key.next")
+    key = load_key(waiting) if waiting.exists() else make_key(waiting)
+    public = key.public_key().public_bytes_raw()
+    if roster.coordinator != public:
+        roster = next_version(replace(roster, coordinator=public), roster.members, governance)
+        store_roster(home, roster)
+    waiting.replace(home.coordinator_key)
+    return roster
 
 
 def certificate_warnings(home: CoordinatorHome, now: datetime) -> list[str]:
