@@ -33,7 +33,7 @@ T = TypeVar("T")
 MOST_AT_ONCE = 4
 """One exchange that trains, and room for study offers beside it."""
 FIRST_RETRY_S, LAST_RETRY_S = 0.2, 15.0
-NODE_ID, UNDER_WAY = "node.id", "under-way"
+NODE_ID, UNDER_WAY, ONLINE = "node.id", "under-way", "online"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class Node:
         now = time.monotonic()
         if now - self._last_heartbeat > HEARTBEAT_S / 2:
             self._fleet.heartbeat()
-            self._last_heartbeat = now
+            self._noted_online(now)
         if len(self._under_way) == MOST_AT_ONCE:
             return
         delivery = self._fleet.receive(int(time.time() * 1000))
@@ -115,12 +115,17 @@ class Node:
         self._fleet.go_online()
         write_durably(self._home / NODE_ID, str(self._fleet.node_id).encode())
         log.info("online at the coordinator as node %s", self._fleet.node_id)
-        self._last_heartbeat = self._last_message = time.monotonic()
+        self._last_message = time.monotonic()
+        self._noted_online(self._last_message)
         for file in sorted((self._home / UNDER_WAY).glob("*.delivery")):
             if file.stem not in self._under_way and len(self._under_way) < MOST_AT_ONCE:
                 delivery = Delivery.decode(file.read_bytes())
                 log.info("message %.8s was under way when this node stopped", delivery.id)
                 self._begin(delivery)
+
+    def _noted_online(self, now: float) -> None:
+        self._last_heartbeat = now
+        (self._home / ONLINE).touch(mode=0o600)  # its time tells `hospitium site health`
 
     def _begin(self, delivery: Delivery) -> None:
         self._under_way.add(delivery.id)
