@@ -6,9 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hospitium_common.errors import LocalProtocolError
-from hospitium_common.schedule import SMALLEST_MEDIAN
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -25,20 +22,18 @@ def combine(means: Sequence[Vector], study: Study) -> Vector:
     """Return one update ``[size]`` from the groups' means: theirs if there is one group.
 
     Otherwise the median or the trimmed mean, coordinate by coordinate (Yin et al. 2018). The
-    trimmed mean leaves out the highest and the lowest fifth, and at least one of each. Groups
-    count alike: a group's claimed weight does not buy it influence.
+    trimmed mean leaves out the highest and the lowest fifth, and at least one of each of three
+    and more. Groups count alike: a group's claimed weight does not buy it influence.
 
     **Guarantees:** with fewer than half of the groups bad, every coordinate of the median lies
-    within the range of the good ones; for the trimmed mean, with at most a fifth of them bad.
-
-    Raises:
-        LocalProtocolError: two groups, of which nobody can tell the bad one.
+    within the range of the good ones; for the trimmed mean, with no more bad ones than are left
+    out at each end.
     """
-    if study.robustness.groups == 1 and len(means) == 1:
+    trimmed = 0
+    if study.robustness.combine == "trimmed_mean":
+        trimmed = min(max(1, len(means) // 5), (len(means) - 1) // 2)
+    if len(means) == 1:
         return means[0]
-    if len(means) < SMALLEST_MEDIAN:
-        raise LocalProtocolError(f"expected at least {SMALLEST_MEDIAN} groups, got {len(means)}")
-    trimmed = 0 if study.robustness.combine == "median" else max(1, len(means) // 5)
     combined = np.empty_like(means[0])
     for begin in range(0, len(combined), CHUNK):
         part = np.stack([mean[begin : begin + CHUNK] for mean in means])

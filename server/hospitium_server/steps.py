@@ -10,7 +10,6 @@ import numpy as np
 
 from hospitium_common.errors import PeerProtocolError
 from hospitium_common.schedule import (
-    SMALLEST_MEDIAN,
     protocol_round,
     secagg_policy,
     training_stage,
@@ -80,13 +79,15 @@ class _Group:
 def take_step(given: RoundInput, totals: RoundTotals) -> Step:
     """Check every group's sum, combine the means of those that pass, and move the model.
 
+    The median bears fewer than half of the groups that came to a sum being bad. Those that are
+    found out count among them: the round is used if most groups pass.
+
     **Guarantees:** a sum that no sites keeping to the study could have made moves nothing.
     """
     looked_at = [_look(given, group) for group in totals.groups]
     used = [group for group in looked_at if isinstance(group, _Group)]
     records = tuple(group.record if isinstance(group, _Group) else group for group in looked_at)
-    wanted = 1 if given.study.robustness.groups == 1 else SMALLEST_MEDIAN
-    if len(used) < wanted:
+    if 2 * len(used) <= len(looked_at):
         reason = "; ".join(group.rejected for group in records if group.rejected)
         return _unmoved(given, totals, records, reason)
     update = combine([group.mean for group in used], given.study)
