@@ -28,7 +28,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from hospitium_common.flower_record import MESSAGE_TYPE, as_record, payload_of
 from hospitium_server.certificates import certificate_pem, key_pem, make_ca, make_server_certificate
-from hospitium_server.listeners import PublicListener
+from hospitium_server.listeners import Gate, PublicListener
 from hospitium_server.superlink import SuperLinkOrder, application
 
 
@@ -67,7 +67,7 @@ class Coordinator:
         app = application(order)
         self.state = app.state.linkstate_factory.state()
         config = uvicorn.Config(
-            PublicListener(app), lifespan="off", log_config=None, access_log=False,
+            PublicListener(Gate(app)), lifespan="off", log_config=None, access_log=False,
             ssl_certfile=order.certificate, ssl_keyfile=order.private_key,
             timeout_graceful_shutdown=1,
         )  # fmt: skip
