@@ -20,7 +20,7 @@ from hospitium_client.settings import settings_text as site_text
 from hospitium_common.errors import ConfigError
 from hospitium_common.toml_file import quoted, with_text_value
 from hospitium_server.certificates import days_left, load_certificate
-from hospitium_server.founding import certificate_warnings, found, renew
+from hospitium_server.founding import certificate_warnings, found, renew, replace_ca
 from hospitium_server.settings import CoordinatorHome
 from hospitium_server.settings import settings_text as coordinator_text
 
@@ -150,9 +150,29 @@ def test_a_certificate_that_does_not_fit_is_named_and_mended_by_renewing(home):
     renew(home, TODAY)
     assert certificate_warnings(home, TODAY) == []
     (home.path / "tls/server.pem").write_bytes(before)  # the power failed between the two files
-    assert any("is not of its key" in warning for warning in certificate_warnings(home, TODAY))
+    assert any(
+        "is not of its key and CA" in warning for warning in certificate_warnings(home, TODAY)
+    )
     renew(home, TODAY)
     assert certificate_warnings(home, TODAY) == []
+
+
+def test_a_new_ca_is_half_done_until_the_certificate_is_renewed(home):
+    replace_ca(home, TODAY)
+    assert any("is not of its key and CA" in one for one in certificate_warnings(home, TODAY))
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(home, home.path / "tls/ca.pem", "localhost")
+    renew(home, TODAY)
+    assert certificate_warnings(home, TODAY) == []
+    assert shake_hands(home, home.path / "tls/ca.pem", "localhost") == "TLSv1.3"
+
+
+def test_a_ca_key_of_another_ca_signs_nothing(home, tmp_path):
+    other = CoordinatorHome(tmp_path / "other")
+    found(other, "other", HOSTS, TODAY)
+    home.ca_key.write_bytes(other.ca_key.read_bytes())
+    with pytest.raises(ConfigError, match="expected the key of this CA"):
+        renew(home, TODAY)
 
 
 MISTAKES = {

@@ -23,7 +23,13 @@ from hospitium_common.enrolment.request import EnrolmentRequest, make_request
 from hospitium_common.errors import ConfigError
 from hospitium_common.secagg.keys import PublicKeys, SiteKeys
 from hospitium_common.study.signature import fingerprint
-from hospitium_server.enrolment import keys_ever_used, load_roster, plan_enrolment, store_roster
+from hospitium_server.enrolment import (
+    keys_ever_used,
+    load_roster,
+    next_version,
+    plan_enrolment,
+    store_roster,
+)
 from hospitium_server.keys import load_governance_key, load_key
 from tests.enrolment_kit import YEAR_S, Federation, Governance, member, refuse, succeed
 
@@ -385,12 +391,44 @@ def test_the_coordinator_changes_its_key_and_every_hospital_decides(net, monkeyp
     new = load_key(net.coordinator.coordinator_key).public_key().public_bytes_raw()
     assert roster.coordinator == new != old
     assert fingerprint(new) in shown
-    assert net.relay("ukm").verdict is Verdict.WAITING
-    shown = succeed(net.run_site("ukm", "accept-roster", typed="y\n"))
+    succeed(net.run_coordinator("admission", "ukm"))
+    shown = succeed(net.run_site("ukm", "admit", "ukm.admission.json", typed="y\n"))
     assert "the coordinator has another key" in shown
     assert fingerprint(old) in shown
     assert fingerprint(new) in shown
     assert PinnedRosters(net.site("ukm")).pinned().coordinator == new
+
+
+def test_a_new_ca_reaches_hospitals_with_their_admission_again(net):
+    net.join("ukm")
+    old = net.site("ukm").ca.read_bytes()
+    succeed(net.run_coordinator("renew", "--ca"))
+    succeed(net.run_coordinator("admission", "ukm"))
+    succeed(net.run_site("ukm", "admit", "ukm.admission.json", "--yes"))
+    new = net.site("ukm").ca.read_bytes()
+    assert new == (net.coordinator.path / "tls/ca.pem").read_bytes() != old
+
+
+def test_a_hospital_may_take_its_own_rotation_from_the_network_too(net):
+    net.join("ukm")
+    succeed(net.run_site("ukm", "rotate"))
+    net.enroll("ukm")
+    assert net.relay("ukm").verdict is Verdict.WAITING
+    succeed(net.run_site("ukm", "accept-roster", "--yes"))
+    asked = EnrolmentRequest.decode(net.site("ukm").request.read_bytes())
+    assert open_site(net.site("ukm"), no_passphrase).keys.public() == asked.keys
+
+
+def test_a_roster_with_strange_keys_for_this_very_hospital_is_never_accepted(net):
+    net.join("ukm")
+    roster = load_roster(net.coordinator)
+    stranger = replace(roster.members[0], keys=SiteKeys.generate().public())
+    governance = load_governance_key(net.coordinator.governance_key)
+    store_roster(net.coordinator, next_version(roster, (stranger,), governance))
+    assert net.relay("ukm").verdict is Verdict.WAITING
+    refused = refuse(net.run_site("ukm", "accept-roster", "--yes"))
+    assert "Do not accept it; call the coordinator" in refused
+    assert PinnedRosters(net.site("ukm")).pinned().digest == roster.digest
 
 
 def test_an_interrupted_change_of_the_coordinators_key_is_mended(net, monkeypatch):

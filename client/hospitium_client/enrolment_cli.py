@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from hospitium_client.enrolment import PinnedRosters
-from hospitium_client.joining import Joining, join, plan_joining, prepare_site, replace_lost_keys
+from hospitium_client.joining import (
+    Joining,
+    accept_waiting_roster,
+    join,
+    plan_joining,
+    prepare_site,
+    replace_lost_keys,
+)
 from hospitium_client.joining import rotate as rotate_keys
 from hospitium_client.keys import find_passphrase, load_public_keys, read_passphrase
 from hospitium_client.settings import SiteHome
@@ -177,7 +184,7 @@ def accept_roster(home: Home = HERE, yes: Yes = False) -> None:
     _show_changes(pinned, pending, changes(pinned, pending))
     if not yes:
         typer.confirm("Did you compare every new fingerprint by telephone?", abort=True)
-    rosters.accept(pending.digest)
+    accept_waiting_roster(SiteHome(home), pending.digest)
     say.print(f"Accepted; this hospital goes by version {pending.version} now.")
 
 

@@ -197,25 +197,52 @@ def join(home: SiteHome, joining: Joining) -> None:
     put_new_keys_in_place(home)
 
 
+def accept_waiting_roster(home: SiteHome, shown: bytes) -> FederationRoster:
+    """Go over to the waiting roster whose digest was shown to the administrator.
+
+    Raises:
+        ConfigError: another one waits by now, or it has other keys for this hospital than it made.
+    """
+    rosters = PinnedRosters(home)
+    pending = rosters.pending()
+    if pending is not None:
+        own = [load_public_keys(f) for f in (home.site_keys, home.next_site_keys) if f.exists()]
+        if not any(member.keys in own for member in pending.members):
+            raise ConfigError(
+                f"roster version {pending.version}: expected this hospital's own keys in it, got "
+                "others in their place. Do not accept it; call the coordinator"
+            )
+    roster = rosters.accept(shown)
+    put_new_keys_in_place(home)
+    return roster
+
+
 def put_new_keys_in_place(home: SiteHome) -> bool:
     """Replace the old keys by those that the pinned roster names; return whether it did.
 
     Does nothing as long as the new ones are not enrolled; goes on where it was interrupted.
 
     Raises:
-        ConfigError: this hospital was not admitted yet, or a file is damaged.
+        ConfigError: this hospital was not admitted yet, a file is damaged, or the keys cannot be
+            moved.
     """
     if not home.next_site_keys.exists():
         return False
     enrolled = {member.keys for member in PinnedRosters(home).pinned().members}
     if load_public_keys(home.next_site_keys) not in enrolled:
         return False
-    if home.next_node_key.exists():
-        _keep_readers(home.node_key, home.next_node_key)
-        home.next_node_key.replace(home.node_key)
-    home.next_site_keys.replace(home.site_keys)
-    for folder in (home.site_keys.parent, home.next_site_keys.parent):
-        _flush(folder)
+    try:
+        if home.next_node_key.exists():
+            _keep_readers(home.node_key, home.next_node_key)
+            home.next_node_key.replace(home.node_key)
+        home.next_site_keys.replace(home.site_keys)
+        for folder in (home.site_keys.parent, home.next_site_keys.parent):
+            _flush(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{home.site_keys}: expected to put the new keys in place, got: {error.strerror}; they "
+            "are kept. Make the folder writable and run it again"
+        ) from error
     return True
 
 

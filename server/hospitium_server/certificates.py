@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -51,13 +52,18 @@ def make_server_certificate(
     """Make a key and a certificate for these host names and IP addresses, for a year.
 
     Raises:
-        ConfigError: the CA has expired.
+        ConfigError: the CA has expired, or this is not its key.
     """
+    if ca_key.public_key() != ca.public_key():
+        raise ConfigError(
+            "expected the key of this CA, got another; restore ca.key and ca.pem from one back-up, "
+            "or make a new CA with `hospitium coordinator renew --ca`"
+        )
     until = min(now + timedelta(days=SERVER_DAYS), ca.not_valid_after_utc)
     if until <= now:
         raise ConfigError(
-            f"the CA expired on {ca.not_valid_after_utc:%Y-%m-%d}: expected a valid one; make a "
-            "new coordinator home and admit every hospital again"
+            f"the CA expired on {ca.not_valid_after_utc:%Y-%m-%d}: expected a valid one; "
+            "`hospitium coordinator renew --ca` makes one"
         )
     key = ec.generate_private_key(ec.SECP256R1())
     builder = (
@@ -123,6 +129,15 @@ def load_ec_key(path: Path) -> ec.EllipticCurvePrivateKey:
 def days_left(certificate: x509.Certificate, now: datetime) -> int:
     """Return for how many more whole days it is valid; negative when it has expired."""
     return (certificate.not_valid_after_utc - now) // timedelta(days=1)
+
+
+def is_issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
+    """Whether this CA signed a certificate."""
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (ValueError, InvalidSignature):
+        return False
+    return True
 
 
 def hosts_of(certificate: x509.Certificate) -> tuple[str, ...]:

@@ -199,20 +199,30 @@ def rotate(
     say.print(f"The coordinator has another key; the roster is at version {roster.version}.")
     say.print(f"  from now on  [bold]{fingerprint(roster.coordinator)}[/bold]")
     say.print(
-        "Restart `hospitium coordinator serve` and send every hospital the roster with "
-        "`hospitium coordinator admission NAME`, or let them run `hospitium site accept-roster`. "
-        "Sign studies that go on again: `hospitium coordinator sign`."
+        "Hospitals answer the old key only, so the roster cannot come over the network: send each "
+        "its `hospitium coordinator admission NAME`, for `hospitium site admit`. Then restart "
+        "`hospitium coordinator serve`, and sign studies that go on: `hospitium coordinator sign`."
     )
 
 
 @app.command()
-def renew(home: Home = HERE) -> None:
+def renew(
+    home: Home = HERE,
+    ca: Annotated[
+        bool, typer.Option("--ca", help="A new CA too: the old one is lost, stolen or expires.")
+    ] = False,
+) -> None:
     """Make a new server certificate under the same CA; hospitals notice nothing.
 
-    It stands for the hosts in coordinator.toml and is valid for a year.
+    It stands for the hosts in coordinator.toml and is valid for a year. After a new CA, every
+    hospital needs its admission again before it can connect.
     """
-    certificate = founding.renew(CoordinatorHome(home), datetime.now(UTC))
-    Console(soft_wrap=True, highlight=False).print(
+    folder, say = CoordinatorHome(home), Console(soft_wrap=True, highlight=False)
+    if ca:
+        founding.replace_ca(folder, datetime.now(UTC))
+        say.print("Made a new CA: send each hospital its `hospitium coordinator admission NAME`.")
+    certificate = founding.renew(folder, datetime.now(UTC))
+    say.print(
         f"Renewed until {certificate.not_valid_after_utc:%Y-%m-%d} for "
         f"{', '.join(hosts_of(certificate))}. Restart `hospitium coordinator serve`."
     )

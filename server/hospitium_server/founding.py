@@ -13,6 +13,7 @@ from hospitium_server.certificates import (
     certificate_pem,
     days_left,
     hosts_of,
+    is_issued_by,
     key_pem,
     load_certificate,
     load_ec_key,
@@ -79,6 +80,17 @@ def renew(home: CoordinatorHome, now: datetime) -> x509.Certificate:
     return certificate
 
 
+def replace_ca(home: CoordinatorHome, now: datetime) -> None:
+    """Make a new CA in place of the old one; `renew` signs with it.
+
+    Hospitals trust the old one until they are admitted again. Raises what ``write_durably`` does.
+    """
+    settings = home.settings()
+    key, ca = make_ca(settings.name, now)
+    write_durably(home.ca_key, key_pem(key))
+    write_durably(home.resolve(settings.tls.ca), certificate_pem(ca))
+
+
 def rotate_coordinator_key(
     home: CoordinatorHome, roster: FederationRoster, governance: Ed25519PrivateKey
 ) -> FederationRoster:
@@ -113,7 +125,7 @@ def certificate_warnings(home: CoordinatorHome, now: datetime) -> list[str]:
     warnings = []
     for what, one, remedy in (
         ("server certificate", certificate, "run `hospitium coordinator renew`"),
-        ("CA", ca, "every hospital must be admitted to a new one; plan it now"),
+        ("CA", ca, "plan `hospitium coordinator renew --ca` and new admissions"),
     ):
         left = days_left(one, now)
         if left < 0:
@@ -122,9 +134,9 @@ def certificate_warnings(home: CoordinatorHome, now: datetime) -> list[str]:
             )
         elif left < settings.tls.warn_days:
             warnings.append(f"the {what} expires in {left} days: {remedy}")
-    if certificate.public_key() != key.public_key():
+    if certificate.public_key() != key.public_key() or not is_issued_by(certificate, ca):
         warnings.append(
-            "the server certificate is not of its key: run `hospitium coordinator renew`"
+            "the server certificate is not of its key and CA: run `hospitium coordinator renew`"
         )
     missing = sorted(set(settings.network.hosts) - set(hosts_of(certificate)))
     if missing:
