@@ -23,6 +23,7 @@ from hospitium_client.keys import (
     read_passphrase,
     store_site_keys,
 )
+from hospitium_common.enrolment.public_keys import load_node_public, node_public_pem
 from hospitium_common.errors import ConfigError
 from hospitium_common.secagg.keys import SiteKeys
 from tests.enrolment_kit import Federation, refuse, succeed
@@ -209,6 +210,15 @@ def test_flowers_own_node_reads_the_node_key(tmp_path):
             ["ssh-keygen", "-l", "-f", str(tmp_path / "node.key")], capture_output=True, check=True
         )
         assert b"384" in shown.stdout
+
+
+def test_the_roster_names_the_node_key_as_flowers_server_compares_it(tmp_path):
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes, uses_nist_ec_curve
+
+    public = make_node_key(tmp_path / "node.key").public_key()
+    assert node_public_pem(public) == public_key_to_bytes(public)
+    assert uses_nist_ec_curve(public)
+    assert load_node_public(node_public_pem(public)) == public
 
 
 def test_node_keys_of_another_kind_are_refused(tmp_path):
