@@ -78,7 +78,7 @@ class ClaimedTask:
     token: str
 
 
-class SuperLinkUnavailable(HospitiumError):
+class SuperLinkUnavailable(HospitiumError):  # noqa: N818 - named after what happened
     """The SuperLink did not answer, or it answered that it cannot."""
 
 

@@ -171,8 +171,8 @@ async def serve(order: SuperLinkOrder) -> None:
             server.should_exit = True
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop)
     sockets = [order.loopback_socket, order.public_socket]
     async with asyncio.TaskGroup() as group:
         for server, number in zip(servers, sockets, strict=True):
@@ -181,7 +181,6 @@ async def serve(order: SuperLinkOrder) -> None:
 
 def end_with_the_service() -> None:
     """End this process when its standard input ends, which is when the service does."""
-
     # Not through sys.stdin: its lock would be held by this thread when the interpreter ends.
     number = sys.stdin.fileno()
 

@@ -1,0 +1,260 @@
+"""One run's messages at the SuperLink: put in, looked for, taken out; with our own patience.
+
+Flower's own Grid waits a second for every part of a message that is not there yet, and for up to
+two hours for one whose sender dawdles; a round cannot. What is used of Flower: the Runtime API's
+client, and how messages are cut into objects.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import httpx
+from flwr.app import Message
+from flwr.app.message.message import remove_content_from_message
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.node_pb2 import Node as NodeProto
+from flwr.proto.runtime_pb2 import (
+    GetNodesRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushAppMessagesRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPushError,
+    inflate_object_from_contents,
+    push_objects,
+)
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+
+from hospitium_common.errors import HospitiumError, PeerProtocolError
+from hospitium_common.flower_record import MESSAGE_TYPE, payload_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+    from typing import TypeVar
+
+    from flwr.app import RecordDict
+    from flwr.proto.message_pb2 import ObjectTree
+    from flwr.supercore.inflatable.inflatable_object import InflatableObject
+    from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+
+    T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 10.0
+OUTAGE_S = 180.0
+"""For how long a SuperLink may be away before the study gives up; it goes on in a new run."""
+STALL_S = 20.0
+"""For how long a message may stand half there before it counts as lost."""
+PART_PAUSE_S = 0.05
+RETRY_S = (0.1, 0.2, 0.5, 1.0)
+OUTAGE_STATUS = (502, 503, 504)
+
+
+class RunEnded(HospitiumError):  # noqa: N818 - named after what happened, as in the error tree
+    """The SuperLink no longer takes this process for the run's: it was stopped, or is too late."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Letter:
+    """What came back for a message: bytes, or the reason why there are none."""
+
+    payload: bytes = b""
+    error: str = ""
+
+
+class Mailbox:
+    """The messages of one run; used by the one process that holds the run's token."""
+
+    def __init__(self, address: str, token: str) -> None:
+        interceptors: list[ProtobufClientInterceptor] = [
+            RuntimeVersionHttpInterceptor(component_name="flwr-serverapp"),
+            RuntimeTokenHttpInterceptor(token=token),
+        ]
+        self._client, self._pulse = (
+            RuntimeHttpClient.from_server_address(
+                address, insecure=True, root_certificates=None, interceptors=interceptors
+            )
+            for _ in range(2)
+        )
+        self._node = NodeProto(node_id=SUPERLINK_NODE_ID)
+        self._halves: dict[str, tuple[Message, ObjectTree, float]] = {}
+        self._closed = threading.Event()
+        self.run_id = 0
+
+    def open(self) -> str:
+        """Take the run over, and keep it alive from now on; return its study.
+
+        Raises:
+            RunEnded: the run is not waiting for anybody.
+            HospitiumError: the SuperLink does not answer.
+        """
+        response = _patiently(lambda: self._client.PullTaskInput(PullTaskInputRequest()))
+        self.run_id = int(response.run.run_id)
+        # Flower's messages take their sender from here.
+        TaskIdentity.task_id, TaskIdentity.run_id = response.task_id, self.run_id
+        TaskIdentity.node_id = response.context.node_id
+        threading.Thread(target=self._keep_alive, daemon=True, name="heartbeat").start()
+        return str(response.run.override_config["study"].string)
+
+    def close(self, outcome: str, details: str) -> None:
+        """Say how the run ended (``completed``, ``failed`` or ``stopped``) and leave."""
+        self._closed.set()
+        try:
+            self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=outcome, details=details))
+        except httpx.HTTPError as error:
+            log.info("left without saying how it ended: %s", type(error).__name__)
+        self._client.close()
+        self._pulse.close()
+
+    def online(self) -> dict[bytes, int]:
+        """Return the nodes that are online: public key (PEM) -> node id."""
+        response = _patiently(lambda: self._client.GetNodes(GetNodesRequest()))
+        return {node.public_key: node.node_id for node in response.nodes}
+
+    def post(self, content: RecordDict, nodes: Sequence[int], ttl_s: float) -> list[str | None]:
+        """Send one record to several nodes; return each message's id, None where it was refused.
+
+        Parts that are the same for several nodes are sent, and kept, once.
+        """
+        messages = [Message(content, node, MESSAGE_TYPE, ttl=ttl_s) for node in nodes]
+        with no_object_id_recompute():
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = message.object_id
+            request = PushAppMessagesRequest(
+                messages_list=[message_to_proto(remove_content_from_message(m)) for m in messages],
+                message_object_trees=[get_object_tree(message) for message in messages],
+            )
+            parts: dict[str, InflatableObject] = {}
+            for message in messages:
+                parts |= get_all_nested_objects(message)
+            response = _patiently(lambda: self._client.PushMessages(request))
+            push = make_push_object_fn_protobuf(
+                lambda part: _patiently(lambda: self._client.PushObject(part)),
+                self._node, self.run_id, response.session_id,
+            )  # fmt: skip
+            try:
+                push_objects(parts, push, object_ids_to_push=set(response.objects_to_push))
+            except ObjectPushError as error:
+                raise HospitiumError("SuperLink: expected to take a whole message") from error
+        return [name or None for name in response.message_ids]
+
+    def look(self, message_id: str) -> Letter | None:
+        """Return what came back for a message; None while there is nothing, or not all of it.
+
+        At most one answer is held at a time, the one that this returns.
+        """
+        if message_id not in self._halves:
+            request = PullAppMessagesRequest(message_ids=[message_id])
+            response = _patiently(lambda: self._client.PullMessages(request))
+            if not response.messages_list:
+                return None
+            reply = message_from_proto(response.messages_list[0])
+            if reply.has_error():
+                return Letter(error=reply.error.reason or "its node reports a fault")
+            tree = response.message_object_trees[0]
+            self._halves[message_id] = (reply, tree, time.monotonic())
+        _, tree, since = self._halves[message_id]
+        # A message's root is sent last: with it, all the rest is there or about to be.
+        root, known = self._part(tree.object_id)
+        if root is None and known and time.monotonic() - since < OUTAGE_S:
+            return None
+        del self._halves[message_id]
+        return self._collect(tree, root)
+
+    def forget(self, message_ids: Collection[str]) -> None:
+        """Stop waiting for answers to these messages."""
+        for message_id in message_ids:
+            self._halves.pop(message_id, None)
+
+    def _collect(self, tree: ObjectTree, root: bytes | None) -> Letter:
+        """Fetch every part of a message, confirm it, and take the bytes out."""
+        contents: dict[str, bytes] = {}
+        if root is None:
+            return Letter(error="its answer was never sent whole")
+        contents[tree.object_id] = root
+        progress = time.monotonic()
+        for node in iterate_object_tree(tree):
+            while node.object_id not in contents:
+                part, known = self._part(node.object_id)
+                if part is not None:
+                    contents[node.object_id], progress = part, time.monotonic()
+                elif not known or time.monotonic() - progress > STALL_S:
+                    return Letter(error="its answer was never sent whole")
+                else:
+                    time.sleep(PART_PAUSE_S)
+        request = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=self.run_id, message_object_id=tree.object_id
+        )
+        _patiently(lambda: self._client.ConfirmMessageReceived(request))
+        try:
+            message = inflate_object_from_contents(tree.object_id, contents)
+            if not isinstance(message, Message):
+                raise TypeError("another object")
+            return Letter(payload=payload_of(message.content))
+        except (ValueError, TypeError, KeyError, PeerProtocolError):
+            return Letter(error="its answer is no message of ours")
+
+    def _part(self, object_id: str) -> tuple[bytes | None, bool]:
+        """Return a part, if it is there, and whether it is expected at all."""
+        request = PullObjectRequest(node=self._node, run_id=self.run_id, object_id=object_id)
+        response = _patiently(lambda: self._client.PullObject(request))
+        return (response.object_content if response.object_available else None), (
+            response.object_found
+        )
+
+    def _keep_alive(self) -> None:
+        while not self._closed.wait(HEARTBEAT_S):
+            try:
+                self._pulse.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+            except httpx.HTTPError as error:
+                log.info("no heartbeat: %s", type(error).__name__)
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """Call the SuperLink, and wait for it when it is away.
+
+    Raises:
+        RunEnded: it says that this run is over.
+        HospitiumError: it stayed away, or refuses.
+    """
+    until, tries = time.monotonic() + OUTAGE_S, 0
+    while True:
+        try:
+            return call()
+        except httpx.HTTPStatusError as error:
+            code = error.response.status_code
+            if code in (401, 403):
+                raise RunEnded("expected the run to go on, the SuperLink ended it") from error
+            if code not in OUTAGE_STATUS:
+                raise HospitiumError(
+                    f"SuperLink: expected it to do as asked, got HTTP {code} for "
+                    f"{error.request.url.path}"
+                ) from error
+        except httpx.TransportError as error:
+            if time.monotonic() > until:
+                raise HospitiumError(
+                    f"SuperLink: expected it back within {OUTAGE_S:.0f} s, it is not"
+                ) from error
+            log.info("the SuperLink is away: %s", type(error).__name__)
+        time.sleep(RETRY_S[min(tries, len(RETRY_S) - 1)])
+        tries += 1
