@@ -17,6 +17,11 @@ TABLE = {"columns": [{"name": "age", "low": 0, "high": 120}], "missing": "mask"}
 CASES = {
     "small cnn, grey": ("image", {"channels": 1, "size": [28, 28]}, {"name": "small_cnn"}),
     "small cnn, colour": ("image", {"channels": 3, "size": [9, 17]}, {"name": "small_cnn"}),
+    "small cnn, standardised": (
+        "image",
+        {"channels": 1, "size": [12, 12]},
+        {"name": "small_cnn", "width": 8, "norm_groups": 1, "weight_standardisation": True},
+    ),
     "resnet, small": ("image", {"channels": 1, "size": [28, 28]}, {"name": "resnet18"}),
     "resnet, large": ("image", {"channels": 3, "size": [96, 80]}, {"name": "resnet18"}),
     "densenet, small": ("image", {"channels": 1, "size": [28, 28]}, {"name": "densenet121"}),
@@ -103,3 +108,13 @@ def test_norm_layers_are_told_apart():
     model = build(study_for("small cnn, grey"))
     norms = [name for name, _ in model.named_parameters() if is_norm_parameter(name, model)]
     assert norms == ["1.weight", "1.bias", "5.weight", "5.bias", "9.weight", "9.bias"]
+
+
+def test_standardised_filters_do_not_depend_on_the_scale_and_the_mean_of_their_weights():
+    model = build(study_for("small cnn, standardised")).eval()
+    inputs = torch.rand(4, 1, 12, 12, generator=torch.Generator().manual_seed(2))
+    before = model(inputs)
+    with torch.no_grad():
+        weight = model[0].weight
+        weight.mul_(3.0).add_(0.5)
+    torch.testing.assert_close(model(inputs), before, rtol=1e-2, atol=1e-3)

@@ -4,26 +4,45 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from hospitium_common.study.schema import SmallCnn
 
 
+class StandardisedConv2d(nn.Conv2d):
+    """A convolution whose filters have mean 0 and norm 1, whatever its weights (Qiao et al. 2019).
+
+    Depends on the weights alone, so no record is mixed with another.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``[batch, out, height, width]``."""
+        flat = self.weight.flatten(1)  # [out, in * height * width]
+        centred = flat - flat.mean(dim=1, keepdim=True)
+        filters = centred / (torch.linalg.vector_norm(centred, dim=1, keepdim=True) + 1e-4)
+        return functional.conv2d(
+            input, filters.view_as(self.weight), self.bias, self.stride, self.padding
+        )
+
+
 def small_cnn(options: SmallCnn, *, channels: int, classes: int) -> nn.Sequential:
     """Three 3×3 convolutions with GroupNorm; any image of at least 8×8 fits."""
     width = options.width
-    groups = width // 4
+    groups = options.norm_groups or width // 4
+    convolution = StandardisedConv2d if options.weight_standardisation else nn.Conv2d
     return nn.Sequential(  # [batch, channels, height, width]
-        nn.Conv2d(channels, width, 3, padding=1),
+        convolution(channels, width, 3, padding=1),
         nn.GroupNorm(groups, width),
         nn.ReLU(),
         nn.MaxPool2d(2),  # [batch, width, height / 2, width / 2]
-        nn.Conv2d(width, 2 * width, 3, padding=1),
+        convolution(width, 2 * width, 3, padding=1),
         nn.GroupNorm(groups, 2 * width),
         nn.ReLU(),
         nn.MaxPool2d(2),  # [batch, 2 width, height / 4, width / 4]
-        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+        convolution(2 * width, 2 * width, 3, padding=1),
         nn.GroupNorm(groups, 2 * width),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
