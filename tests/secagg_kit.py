@@ -8,9 +8,10 @@ import numpy as np
 
 from hospitium_client.protection.masking import confirm, mask, ready, unmask
 from hospitium_common.messages import Masked, Purpose, Ready, Shares, Task
-from hospitium_common.secagg.fixed_point import Quantiser, quantise
+from hospitium_common.secagg.fixed_point import quantise
 from hospitium_common.secagg.hashing import Label, sign
 from hospitium_common.secagg.policy import RingBits, SecAggPolicy
+from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_server.unmasking import Unmasking, signed_task
 from hospitium_simulations.whole_round import enrol
 

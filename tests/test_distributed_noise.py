@@ -14,14 +14,9 @@ from hospitium_common.entropy import seeded_entropy
 from hospitium_common.errors import ConfigError, DataRejected, NotApproved, PeerProtocolError
 from hospitium_common.models import build, tensors_of
 from hospitium_common.normalisation import Normalisation
-from hospitium_common.secagg.fixed_point import (
-    Quantiser,
-    largest_value,
-    quantise,
-    step_sizes,
-    sum_to_reals,
-)
+from hospitium_common.secagg.fixed_point import largest_value, quantise, step_sizes, sum_to_reals
 from hospitium_common.secagg.policy import SecAggPolicy
+from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_common.study import Study
 from hospitium_common.study.explain import promise
 from hospitium_common.study.reading import validate

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hospitium_common.errors import PeerProtocolError
 from hospitium_common.metrics import evaluation_sums
-from hospitium_common.secagg.fixed_point import Quantiser
+from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_server.guard import (
     KnownWeight,
     largest_norm,

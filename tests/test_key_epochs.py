@@ -14,7 +14,7 @@ from hospitium_common.messages import PairOffers, PairRequest, Purpose, Reason, 
 from hospitium_common.metrics import TailLayout
 from hospitium_common.models import build, shared_layout
 from hospitium_common.schedule import protocol_round
-from hospitium_common.secagg.fixed_point import Quantiser
+from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_server.registry import Registry
 from hospitium_server.secure_sum import Presence, RoundPlan, SecureSum
 from hospitium_simulations.federation import _enrol

@@ -15,8 +15,9 @@ from hospitium_common.entropy import seeded_entropy
 from hospitium_common.errors import LocalProtocolError, PeerProtocolError
 from hospitium_common.messages import Purpose, decode
 from hospitium_common.secagg.context import survivors_digest
-from hospitium_common.secagg.fixed_point import Quantiser, quantise, sum_to_reals
+from hospitium_common.secagg.fixed_point import quantise, sum_to_reals
 from hospitium_common.secagg.hashing import Label, payload_digest, sign
+from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_common.transcript import Transcript, audit, check_inclusion
 from hospitium_server.unmasking import Unmasking, signed_task
 from hospitium_simulations.whole_round import FinishedRound, Silence, enrol, pair, run_round

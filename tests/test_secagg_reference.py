@@ -14,9 +14,9 @@ from hospitium_common.codec import encode_parts
 from hospitium_common.messages import Purpose
 from hospitium_common.secagg import shamir
 from hospitium_common.secagg.context import round_context, seed_commitment, share_commitment
-from hospitium_common.secagg.fixed_point import pack_words, unpack_words
 from hospitium_common.secagg.hashing import bitmap, derive, payload_digest, tagged_hash
 from hospitium_common.secagg.masks import Mask, add_masks
+from hospitium_common.secagg.packing import pack_words, unpack_words
 from hospitium_common.secagg.policy import SecAggPolicy
 from hospitium_server.unmasking import signed_task
 from hospitium_simulations.whole_round import enrol

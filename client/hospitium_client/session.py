@@ -44,8 +44,10 @@ from hospitium_common.messages import (
 )
 from hospitium_common.metrics import TailLayout, note_clipped
 from hospitium_common.models import build, shared_layout
-from hospitium_common.schedule import check_task, secagg_policy, training_round
-from hospitium_common.secagg.fixed_point import Quantiser, quantise, step_sizes
+from hospitium_common.schedule import check_task, rotation_seed, secagg_policy, training_round
+from hospitium_common.secagg.fixed_point import quantise, step_sizes
+from hospitium_common.secagg.masks import usable_threads
+from hospitium_common.secagg.quantiser import Quantiser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -235,6 +237,8 @@ class Session:
             return contribution
         if task.quantiser.lengths != layout.lengths:
             raise PeerProtocolError("expected a quantiser for this study's model", blame=0)
+        if task.quantiser.rotation not in (b"", rotation_seed(self._study, task.round)):
+            raise PeerProtocolError("expected the rotation of this study and round", blame=0)
         number = training_round(task.round, self._study)
         if self._study.is_private:
             event, delta = work.plan(task.public).event, work.delta(task.public)
@@ -283,13 +287,15 @@ class Session:
         dither = self._entropy(f"quantiser/dither/{number}")
         words, clipped = quantise(
             kept.contribution.vector, kept.quantiser, policy, dither,
-            wraps=self._study.noise_is_distributed,
+            wraps=self._study.noise_is_distributed, threads=usable_threads(),
         )  # fmt: skip
         tail = kept.contribution.tail
         if clipped:
             tail = note_clipped(tail, clipped)
         party = self._party()
-        state, answer = masking.mask(party, self._state, policy, request, words, tail)
+        state, answer = masking.mask(
+            party, self._state, policy, request, words, tail, threads=usable_threads()
+        )
         receipt = Receipt(
             site=self._index, round=number, attempt=self._state.latest[1],
             roster=party.roster.digest, context=answer.context, digest=answer.digest,

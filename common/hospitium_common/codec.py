@@ -10,9 +10,12 @@ from hospitium_common.errors import PeerProtocolError
 MAX_PART_BYTES = 2**32 - 1
 
 
-def encode_parts(*parts: int | bytes) -> bytes:
-    """Concatenate parts, each behind its length; integers as 8 bytes big-endian, 0 to 2^64 - 1."""
-    pieces: list[bytes] = []
+def encode_parts(*parts: int | bytes | memoryview, before: bytes = b"") -> bytes:
+    """Concatenate parts, each behind its length; integers as 8 bytes big-endian, 0 to 2^64 - 1.
+
+    ``before`` goes in front as it is. A memoryview is one of bytes; a large part is copied once.
+    """
+    pieces: list[bytes | memoryview] = [before]
     for part in parts:
         raw = part.to_bytes(8, "big") if isinstance(part, int) else part
         pieces += (len(raw).to_bytes(4, "big"), raw)

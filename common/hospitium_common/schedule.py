@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from hospitium_common.errors import PeerProtocolError
 from hospitium_common.messages import Purpose
+from hospitium_common.secagg.hashing import Label, tagged_hash
 from hospitium_common.secagg.policy import SecAggPolicy
 
 if TYPE_CHECKING:
@@ -109,3 +110,14 @@ def secagg_policy(study: Study, tail_len: int, round_number: int) -> SecAggPolic
         weight_cap=study.cohort.weight_cap,
         tail_len=tail_len,
     )
+
+
+def rotation_seed(study: Study, round_number: int) -> bytes:
+    """Return the public seed of a round's rotation; nothing where the study wants none.
+
+    It belongs to the round, not to the attempt: a new attempt masks the same words.
+    """
+    wanted = study.cohort.rotation
+    if not (study.cohort.ring_bits == 16 if wanted is None else wanted):
+        return b""
+    return tagged_hash(Label.ROTATION, study.digest, round_number)

@@ -21,9 +21,9 @@ from hospitium_common.secagg.context import (
     seed_commitment,
     survivors_digest,
 )
-from hospitium_common.secagg.fixed_point import unpack_words
 from hospitium_common.secagg.hashing import Label, derive, is_signed_by, payload_digest
 from hospitium_common.secagg.masks import Mask, add_masks
+from hospitium_common.secagg.packing import unpack_words
 from hospitium_common.secagg.sealing import cipher_table
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def result_digest(words: NDArray[Any], tail: NDArray[np.uint64]) -> bytes:
     """Digest of the announced integer sum; the next task names it as the previous result."""
-    return payload_digest(Label.RESULT, words.tobytes(), tail.tobytes())
+    return payload_digest(Label.RESULT, words.view(np.uint8).data, tail.view(np.uint8).data)
 
 
 def announced(results: Sequence[bytes]) -> bytes:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hospitium_common.metrics import EvaluationSums
-    from hospitium_common.secagg.fixed_point import Quantiser
+    from hospitium_common.secagg.quantiser import Quantiser
     from hospitium_common.study import Study
 
     Vector = NDArray[np.float64]
@@ -81,8 +81,7 @@ def largest_norm(
     deviation of the sum's rounding error; ``weight`` is a total that is plausible.
     """
     cap = study.cohort.weight_cap
-    squares = zip(quantiser.lengths, quantiser.bounds, strict=True)
-    ring = sites * math.sqrt(sum(length * bound**2 for length, bound in squares)) * cap / weight
+    ring = sites * quantiser.largest_norm * cap / weight
     given = study.robustness.update_norm
     if given is None:
         return ring

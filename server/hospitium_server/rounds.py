@@ -17,10 +17,11 @@ from hospitium_common.schedule import (
     NUMBERS_PER_STAGE,
     STATISTICS_STAGE,
     protocol_round,
+    rotation_seed,
     secagg_policy,
     training_stage,
 )
-from hospitium_common.secagg.fixed_point import Quantiser, bounds_from_second_moments
+from hospitium_common.secagg.quantiser import Quantiser, quantiser_for
 from hospitium_server import aggregation, selection
 from hospitium_server.evaluation import Figures, figures
 from hospitium_server.registry import Registry, RoundRecord, Version
@@ -223,16 +224,17 @@ class StudyRun:
 
     def _quantiser(self, version: Version, number: int) -> Quantiser:
         """Bounds from the round before; the first training round has the study's bound."""
-        study, lengths = self._study, self._layout.lengths
+        study, lengths, record = self._study, self._layout.lengths, version.record
         fallback = study.cohort.update_bound
-        bounds = (fallback,) * len(lengths)
-        if version.record.second_moments:
-            round_number = protocol_round(training_stage(number))
-            policy = secagg_policy(study, self._tail_layout.length, round_number)
-            bounds = bounds_from_second_moments(
-                version.record.second_moments, lengths, 1, policy, fallback
-            )
-        return Quantiser(lengths=lengths, bounds=bounds)
+        if not record.second_moments:
+            return Quantiser(lengths=lengths, bounds=(fallback,) * len(lengths))
+        round_number = protocol_round(training_stage(number))
+        return quantiser_for(
+            record.second_moments, lengths, fallback,
+            policy=secagg_policy(study, self._tail_layout.length, round_number),
+            rotation=rotation_seed(study, round_number),
+            sites=len(record.survivors) or study.cohort.maximum_sites,
+        )  # fmt: skip
 
     def _conclude(self, last: Version, stopped: bool) -> StudyResult:
         """Evaluate the last version, and the best one where that is another."""

@@ -26,6 +26,7 @@ from hospitium_common.messages import (
     Shares,
 )
 from hospitium_common.schedule import SMALLEST_MEDIAN, groups, secagg_policy
+from hospitium_common.secagg.masks import usable_threads
 from hospitium_common.transcript import announced
 from hospitium_server.attempt import Attempt
 from hospitium_server.exchanges import BROKE_THE_PROTOCOL, REFUSALS, Exchanges
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from hospitium_common.federation import FederationRoster
     from hospitium_common.metrics import TailLayout
     from hospitium_common.roster import Roster
-    from hospitium_common.secagg.fixed_point import Quantiser
+    from hospitium_common.secagg.quantiser import Quantiser
     from hospitium_common.study import Study
     from hospitium_server.transport import Transport
     from hospitium_server.unmasking import RoundSum
@@ -298,7 +299,8 @@ class SecureSum:
                 previous_result=previous, quantiser=plan.quantiser,
                 model=plan.parameters.tobytes(), public=plan.public,
             )  # fmt: skip
-            runs.append(Unmasking(roster=roster, policy=policy, task=task))
+            run = Unmasking(roster=roster, policy=policy, task=task, threads=usable_threads())
+            runs.append(run)
         attempt = Attempt(runs, self._archive)
         ask, cohort = self._exchanges.gather, self._study.cohort
         ask(attempt.task_requests(), Ready, attempt.on_ready, cohort.deadline_s)

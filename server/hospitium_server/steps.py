@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hospitium_common.metrics import EvaluationSums, TailLayout, TrainingSums
-    from hospitium_common.secagg.fixed_point import Quantiser
+    from hospitium_common.secagg.quantiser import Quantiser
     from hospitium_common.study import Study
     from hospitium_server.aggregation import OptimizerState
     from hospitium_server.secure_sum import GroupSum, RoundTotals

@@ -31,9 +31,11 @@ from hospitium_common.secagg.context import (
     round_context,
     survivors_digest,
 )
-from hospitium_common.secagg.fixed_point import Quantiser, sum_to_reals, unpack_words
+from hospitium_common.secagg.fixed_point import sum_to_reals
 from hospitium_common.secagg.hashing import Label, is_signed_by, payload_digest, sign
 from hospitium_common.secagg.masks import add_masks
+from hospitium_common.secagg.packing import unpack_words
+from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_common.transcript import (
     Transcript,
     expand,

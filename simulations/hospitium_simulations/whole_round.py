@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hospitium_common.secagg.fixed_point import Quantiser
     from hospitium_common.secagg.policy import SecAggPolicy
+    from hospitium_common.secagg.quantiser import Quantiser
 
 M = TypeVar("M", bound=Message)
 

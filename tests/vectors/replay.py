@@ -18,9 +18,10 @@ from hospitium_client.protection.site_state import SiteState
 from hospitium_common.entropy import seeded_entropy
 from hospitium_common.messages import decode
 from hospitium_common.roster import Roster
-from hospitium_common.secagg.fixed_point import Quantiser, quantise
+from hospitium_common.secagg.fixed_point import quantise
 from hospitium_common.secagg.keys import SiteKeys
 from hospitium_common.secagg.policy import SecAggPolicy
+from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_server.unmasking import Unmasking
 
 TAKES = {"ready": "on_ready", "mask": "on_masked", "confirm": "on_ack", "unmask": "on_shares"}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from cryptography.hazmat.primitives import constant_time
@@ -50,12 +50,14 @@ from hospitium_common.secagg.context import (
     share_commitment,
     survivors_digest,
 )
-from hospitium_common.secagg.fixed_point import pack_words
-from hospitium_common.secagg.hashing import Label, derive, is_signed_by, payload_digest, sign
-from hospitium_common.secagg.masks import Mask, add_masks, keystream
+from hospitium_common.secagg.hashing import Label, PayloadHash, derive, is_signed_by, sign
+from hospitium_common.secagg.masks import Mask, add_masks, keystream, masked_stretches
+from hospitium_common.secagg.packing import pack_words
 from hospitium_common.secagg.sealing import cipher_table, open_share, seal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from hospitium_common.entropy import Entropy
@@ -230,19 +232,20 @@ def mask(
     digest_of_cohort = cohort_digest(held.context, request.heads)
     if tail.shape != (policy.tail_len,):
         raise LocalProtocolError(f"expected a tail of {policy.tail_len} words, got {tail.shape}")
-    tail = tail.copy()
-    vectors: tuple[tuple[NDArray[Any], bytes], ...] = ((words, b"body"), (tail, b"tail"))
-    for vector, part in vectors:
-        masks = [Mask(derive(held.self_mask, Label.MASK_SELF, part, digest_of_cohort), 1)]
-        for peer in cohort:
-            if peer != party.index:
-                key = derive(held.seeds[peer], Label.MASK_PAIR, part, digest_of_cohort)
-                masks.append(Mask(key, 1 if party.index < peer else -1))
-        add_masks(vector, masks, threads)
+    tail, digested = tail.copy(), PayloadHash(Label.PAYLOAD, 2)
+    masks = _masks(party.index, held, cohort, b"body", digest_of_cohort) if len(words) else []
+    digested.begin(len(words) * policy.ring_bits // 8)
+    for done in masked_stretches(words, masks, threads):
+        if policy.ring_bits != 24:
+            digested.update(pack_words(done, policy.ring_bits))
+    body = pack_words(words, policy.ring_bits)
     if policy.ring_bits == 24:
-        words &= np.uint32(0xFFFFFF)
-    body, tail_bytes = pack_words(words, policy.ring_bits), tail.tobytes()
-    digest = payload_digest(Label.PAYLOAD, body, tail_bytes)
+        digested.update(body)
+    add_masks(tail, _masks(party.index, held, cohort, b"tail", digest_of_cohort))
+    tail_bytes = tail.tobytes()
+    digested.begin(len(tail_bytes))
+    digested.update(tail_bytes)
+    digest = digested.digest()
     signature = sign(
         party.keys.sign, Label.MASKED, held.context, digest_of_cohort, party.index, digest
     )
@@ -274,7 +277,8 @@ def confirm(
     if request.digests[party.index] != held.digest:
         raise PeerProtocolError("expected this site's own masked vector, got another", blame=0)
     for site in survivors:
-        if not is_signed_by(
+        # This site's own digest was compared with what it signed.
+        if site != party.index and not is_signed_by(
             party.roster.sites[site].sign, request.signatures.get(site, b""), Label.MASKED,
             held.context, held.cohort_digest, site, request.digests[site],
         ):  # fmt: skip
@@ -318,6 +322,18 @@ def unmask(
     }
     done = replace(state, phase=Phase.IDLE, held=None, spent=state.latest[0])
     return done, Shares(site=party.index, shares=released)
+
+
+def _masks(
+    me: int, held: Held, cohort: Sequence[int], part: bytes, digest_of_cohort: bytes
+) -> list[Mask]:
+    """Return the masks of one part, body or tail: this site's own, and one with every peer."""
+    masks = [Mask(derive(held.self_mask, Label.MASK_SELF, part, digest_of_cohort), 1)]
+    for peer in cohort:
+        if peer != me:
+            key = derive(held.seeds[peer], Label.MASK_PAIR, part, digest_of_cohort)
+            masks.append(Mask(key, 1 if me < peer else -1))
+    return masks
 
 
 def _held(state: SiteState, phase: Phase, message: str) -> Held:

@@ -10,8 +10,8 @@ from typing import Self
 from hospitium_common.codec import Reader, encode_parts
 from hospitium_common.errors import PeerProtocolError
 from hospitium_common.messages.wire import Message, encode_table, read_table
-from hospitium_common.secagg.fixed_point import Quantiser
 from hospitium_common.secagg.hashing import Label, bitmap, members, tagged_hash
+from hospitium_common.secagg.quantiser import Quantiser
 
 SEALED_SHARE_BYTES = 12 + 64 + 16
 """Nonce, two shares of 32 bytes, and the tag of AES-256-GCM."""
@@ -200,10 +200,10 @@ class Masked(Message):
     body: bytes | memoryview
     tail: bytes | memoryview
 
-    def _parts(self) -> tuple[int | bytes, ...]:
+    def _parts(self) -> tuple[int | bytes | memoryview, ...]:
         return (
             self.context, self.cohort, self.site, self.digest, self.signature,
-            bytes(self.body), bytes(self.tail),
+            self.body, self.tail,
         )  # fmt: skip
 
     @classmethod

@@ -19,7 +19,7 @@ class Message(ABC):
     KIND: ClassVar[int]
 
     @abstractmethod
-    def _parts(self) -> tuple[int | bytes, ...]:
+    def _parts(self) -> tuple[int | bytes | memoryview, ...]:
         """The message's parts in their fixed order."""
 
     @classmethod
@@ -29,7 +29,7 @@ class Message(ABC):
 
     def encode(self) -> bytes:
         """Return the message as bytes."""
-        return bytes((VERSION, self.KIND)) + encode_parts(*self._parts())
+        return encode_parts(*self._parts(), before=bytes((VERSION, self.KIND)))
 
 
 def encode_table(table: Mapping[int, bytes]) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from cryptography.exceptions import InvalidSignature
@@ -35,6 +37,7 @@ class Label:
     ANSWER = b"hospitium/answer"
     POLICY = b"hsa1/policy"
     QUANTISER = b"hsa1/quant"
+    ROTATION = b"hsa1/rotation"
     CONTEXT = b"hsa1/ctx"
     MODEL = b"hsa1/model"
     ROSTER = b"hsa1/roster"
@@ -72,15 +75,34 @@ def tagged_hash(label: bytes, *parts: int | bytes) -> bytes:
     return digest.finalize()
 
 
+class PayloadHash:
+    """BLAKE2b-512 (RFC 7693) over large buffers, piece by piece: each while it is in the cache."""
+
+    def __init__(self, label: bytes, buffers: int) -> None:
+        """``buffers`` is how many there will be."""
+        self._hash = hashlib.blake2b(encode_parts(label, buffers))
+
+    def begin(self, length: int) -> None:
+        """Announce a buffer of so many bytes; its pieces follow."""
+        self._hash.update(length.to_bytes(8, "big"))
+
+    def update(self, piece: bytes | memoryview) -> None:
+        """Take the next piece of the buffer that was announced; it is not copied."""
+        self._hash.update(piece)
+
+    def digest(self) -> bytes:
+        """Return the 64 bytes."""
+        return self._hash.digest()
+
+
 def payload_digest(label: bytes, *buffers: bytes | memoryview) -> bytes:
-    """BLAKE2b-512 over large buffers, which are not copied: 64 bytes (RFC 7693)."""
-    digest = hashes.Hash(hashes.BLAKE2b(64))
-    digest.update(encode_parts(label, len(buffers)))
+    """Digest whole buffers with `PayloadHash`: 64 bytes."""
+    found = PayloadHash(label, len(buffers))
     for buffer in buffers:
         view = memoryview(buffer).cast("B")
-        digest.update(len(view).to_bytes(8, "big"))
-        digest.update(view)
-    return digest.finalize()
+        found.begin(len(view))
+        found.update(view)
+    return found.digest()
 
 
 def derive(key: bytes, label: bytes, *parts: int | bytes) -> bytes:
@@ -96,10 +118,16 @@ def sign(key: Ed25519PrivateKey, label: bytes, *parts: int | bytes) -> bytes:
 def is_signed_by(public: bytes, signature: bytes, label: bytes, *parts: int | bytes) -> bool:
     """Whether this public key signed exactly this label and these parts."""
     try:
-        Ed25519PublicKey.from_public_bytes(public).verify(signature, encode_parts(label, *parts))
+        _public_key(public).verify(signature, encode_parts(label, *parts))
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+@lru_cache(maxsize=1024)
+def _public_key(public: bytes) -> Ed25519PublicKey:
+    """Read a public key once: a round checks several signatures of every site."""
+    return Ed25519PublicKey.from_public_bytes(public)
 
 
 def bitmap(members: Iterable[int]) -> bytes:

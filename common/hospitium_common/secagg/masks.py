@@ -1,27 +1,36 @@
 """Masks: AES-256-CTR key streams, expanded straight into the addition.
 
 The block of the vector and the block of key stream stay in the processor's cache while every peer's
-mask passes over them; nothing as long as the model is ever allocated for a mask.
+mask passes over them; nothing as long as the model is ever allocated for a mask. What is done can
+be hashed while it is still in the cache, and while other threads mask what follows.
 """
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from cryptography.hazmat.primitives.ciphers import CipherContext
+    from cryptography.hazmat.primitives.ciphers import AEADEncryptionContext, CipherContext
     from numpy.typing import NDArray
 
-    Words = TypeVar("Words", NDArray[np.uint16], NDArray[np.uint32], NDArray[np.uint64])
+    Words = NDArray[np.unsignedinteger[Any]]
 
 BLOCK = 1 << 17
+"""Bytes that are masked at once: with their key stream they fill a part of the L2 cache."""
+STRETCH = 4 * BLOCK
+"""Bytes that one thread masks before it takes the next ones."""
+CACHE_LINE = 64
+MOST_THREADS = 4
+"""The digest of what is masked runs at the pace of about that many threads that mask."""
 _ZEROS = memoryview(bytes(BLOCK))
 
 
@@ -33,49 +42,110 @@ class Mask:
     sign: Literal[1, -1]
 
 
+def usable_threads() -> int:
+    """Return how many threads to mask with on this machine; a site does nothing else meanwhile."""
+    return min(os.cpu_count() or 1, MOST_THREADS)
+
+
 def keystream(key: bytes, length: int) -> bytes:
     """Return the first bytes of AES-256-CTR with a zero nonce (NIST SP 800-38A)."""
     return _cipher(key, 0).update(bytes(length))
 
 
-def keystream_in_chunks(key: bytes, lengths: Iterable[int]) -> Iterator[bytes]:
-    """Yield the same key stream piece by piece, each at most ``BLOCK`` bytes."""
-    cipher = _cipher(key, 0)
-    for length in lengths:
-        yield cipher.update(_ZEROS[:length])
+class Keystream:
+    """The same key stream piece by piece, each at most ``BLOCK`` bytes, into one buffer."""
+
+    def __init__(self, key: bytes, offset: int = 0) -> None:
+        """``offset`` is where in the stream to begin, a multiple of 16 bytes."""
+        self._cipher = _cipher(key, offset)
+        self._buffer = aligned(BLOCK, np.uint8)
+
+    def words(self, count: int) -> NDArray[np.uint16]:
+        """Return the next ``count`` 16-bit words; the next call overwrites them."""
+        piece = self._buffer[: 2 * count]
+        self._cipher.update_into(_ZEROS[: 2 * count], piece.data)
+        return piece.view(np.uint16)
+
+
+def aligned(length: int, dtype: Any) -> NDArray[Any]:
+    """Return an uninitialised array that begins with a cache line: additions run faster on it."""
+    itemsize = np.dtype(dtype).itemsize
+    raw = np.empty(length * itemsize + CACHE_LINE, np.uint8)
+    begin = -raw.ctypes.data % CACHE_LINE
+    found: NDArray[Any] = raw[begin : begin + length * itemsize].view(dtype)
+    return found
+
+
+def _counter(offset: int) -> bytes:
+    return (offset // 16).to_bytes(16, "big")
 
 
 def _cipher(key: bytes, offset: int) -> CipherContext:
-    counter = (offset // 16).to_bytes(16, "big")
-    return Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
+    return Cipher(algorithms.AES(key), modes.CTR(_counter(offset))).encryptor()
 
 
 def add_masks(words: Words, masks: Sequence[Mask], threads: int = 1) -> None:
     """Add every mask to ``words`` in place, modulo 2^(word size)."""
-    if threads == 1 or words.nbytes < 2 * threads * BLOCK:
-        _add(words, masks, 0)
+    for _ in masked_stretches(words, masks, threads):
+        pass
+
+
+def masked_stretches(words: Words, masks: Sequence[Mask], threads: int = 1) -> Iterator[Words]:
+    """Add every mask to ``words`` in place; yield it in order, stretch by stretch, when done.
+
+    With more than one thread the caller works on a stretch while the next ones are masked.
+    """
+    if threads == 1 or words.nbytes < 2 * STRETCH:
+        lane, length = _Lane(masks, words.dtype), BLOCK // words.itemsize
+        for begin in range(0, len(words), length):
+            yield lane.add(words, begin, begin + length)
         return
-    per_thread = -(-words.nbytes // threads // BLOCK) * BLOCK // words.itemsize
-    begins = range(0, len(words), per_thread)
+    yield from _by_threads(words, masks, threads)
+
+
+def _by_threads(words: Words, masks: Sequence[Mask], threads: int) -> Iterator[Words]:
+    length, lanes = STRETCH // words.itemsize, SimpleQueue[_Lane]()
+    for _ in range(threads):
+        lanes.put(_Lane(masks, words.dtype))
+
+    def add(begin: int) -> Words:
+        lane = lanes.get()
+        try:
+            return lane.add(words, begin, begin + length)
+        finally:
+            lanes.put(lane)
+
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda at: _add(words[at : at + per_thread], masks, at), begins))
+        yield from pool.map(add, range(0, len(words), length))
 
 
-def _add(words: Words, masks: Sequence[Mask], begin: int) -> None:
-    """Add to a stretch of the vector that begins at word ``begin``, a multiple of 16 bytes."""
-    raw = bytearray(BLOCK)
-    stream, view = memoryview(raw), np.frombuffer(raw, words.dtype)
-    per_block = BLOCK // words.itemsize
-    ciphers = [
-        (
-            _cipher(one.key, begin * words.itemsize).update_into,
-            np.add if one.sign > 0 else np.subtract,
-        )
-        for one in masks
-    ]
-    for at in range(0, len(words), per_block):
-        block = words[at : at + per_block]
-        zeros, expanded, mask = _ZEROS[: block.nbytes], stream[: block.nbytes], view[: len(block)]
-        for expand, operation in ciphers:
-            expand(zeros, expanded)
-            operation(block, mask, block)
+class _Lane:
+    """What one thread needs: a cipher for each mask and room for a block of key stream."""
+
+    def __init__(self, masks: Sequence[Mask], dtype: np.dtype[Any]) -> None:
+        self._ciphers: list[AEADEncryptionContext | CipherContext] = [
+            _cipher(mask.key, 0) for mask in masks
+        ]
+        self._steps = [
+            (cipher.update_into, np.add if mask.sign > 0 else np.subtract)
+            for cipher, mask in zip(self._ciphers, masks, strict=True)
+        ]
+        self._stream = aligned(BLOCK // dtype.itemsize, dtype)
+        self._at = 0
+
+    def add(self, words: Words, begin: int, end: int) -> Words:
+        """Add to the words from ``begin``, a multiple of 16 bytes, to ``end``; return them."""
+        stretch, itemsize = words[begin:end], words.itemsize
+        if begin != self._at:
+            for cipher in self._ciphers:
+                cipher.reset_nonce(_counter(begin * itemsize))
+        self._at = begin + len(stretch)
+        per_block = BLOCK // itemsize
+        for at in range(0, len(stretch), per_block):
+            block = stretch[at : at + per_block]
+            mask = self._stream[: len(block)]
+            zeros, expanded = _ZEROS[: block.nbytes], mask.view(np.uint8).data
+            for expand, operation in self._steps:
+                expand(zeros, expanded)
+                operation(block, mask, block)
+        return stretch

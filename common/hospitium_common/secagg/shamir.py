@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Bytes = NDArray[np.uint8]
+    Words = NDArray[np.uint64]
 
 REDUCTION = 0x1B  # x^8 = x^4 + x^3 + x + 1
 GENERATOR = 0x03
+LOWEST_BITS = np.uint64(0x0101010101010101)
+LOWER_BITS = np.uint64(0x7F7F7F7F7F7F7F7F)
 
 
 def _public_tables() -> tuple[list[int], list[int]]:
@@ -34,14 +37,29 @@ def _public_tables() -> tuple[list[int], list[int]]:
 _POWERS, _LOGARITHMS = _public_tables()
 
 
-def _times_public(secret: Bytes, public: Bytes) -> Bytes:
-    """Multiply secret bytes by public ones, elementwise with broadcasting."""
-    product = np.zeros(np.broadcast_shapes(secret.shape, public.shape), np.uint8)
-    doubled = secret
-    for bit in range(8):
-        product ^= doubled * ((public >> np.uint8(bit)) & np.uint8(1))
-        doubled = (doubled << np.uint8(1)) ^ ((doubled >> np.uint8(7)) * np.uint8(REDUCTION))
-    return product
+def _doublings(secret: Bytes) -> Words:
+    """Return secret bytes ``[rows, length]`` times 1, x, x², … x⁷: words ``[rows, 8, words]``."""
+    doubled = np.zeros((len(secret), 8, -(-secret.shape[1] // 8) * 8), np.uint8)
+    doubled[:, 0, : secret.shape[1]] = secret
+    words = doubled.view(np.uint64)
+    for bit in range(7):
+        carry = (words[:, bit] >> np.uint64(7)) & LOWEST_BITS
+        shifted = (words[:, bit] & LOWER_BITS) << np.uint64(1)
+        words[:, bit + 1] = shifted ^ carry * np.uint64(REDUCTION)
+    return words
+
+
+def _combined(public: Bytes, secret: Bytes) -> Bytes:
+    """Return the product over GF(2^8) of public ``[many, rows]`` and secret ``[rows, length]``.
+
+    A product with a public byte is the sum of the doublings that the byte's bits choose.
+    """
+    doublings = _doublings(secret)
+    by_word = np.ascontiguousarray(doublings.reshape(-1, doublings.shape[2]).T)
+    bits = np.unpackbits(public[:, :, None], axis=2, bitorder="little").reshape(len(public), -1)
+    chosen = (-bits.astype(np.int64)).view(np.uint64)  # all ones or all zeros
+    total = np.array([np.bitwise_xor.reduce(by_word & row, axis=1) for row in chosen])
+    return total.view(np.uint8)[:, : secret.shape[1]]
 
 
 def split(
@@ -60,12 +78,8 @@ def split(
         raise ValueError("expected 1 ≤ threshold ≤ holders and randomness for each coefficient")
     if len(set(holders)) != len(holders) or not all(1 <= holder <= 255 for holder in holders):
         raise ValueError("expected distinct holders in 1 to 255")
-    coefficients = np.frombuffer(randomness, np.uint8).reshape(threshold - 1, len(secret))
-    at = np.array(holders, np.uint8)[:, None]
-    shares = np.zeros((len(holders), len(secret)), np.uint8)
-    for coefficient in coefficients[::-1]:  # Horner's scheme
-        shares = _times_public(shares ^ coefficient, at)
-    shares ^= np.frombuffer(secret, np.uint8)
+    coefficients = np.frombuffer(secret + randomness, np.uint8).reshape(threshold, len(secret))
+    shares = _combined(_powers(tuple(holders), threshold), coefficients)
     return {holder: share.tobytes() for holder, share in zip(holders, shares, strict=True)}
 
 
@@ -73,9 +87,16 @@ def combine(shares: Mapping[int, bytes]) -> bytes:
     """Restore the secret from exactly ``threshold`` shares; wrong shares give a wrong secret."""
     holders = tuple(sorted(shares))
     rows = np.stack([np.frombuffer(shares[holder], np.uint8) for holder in holders])
-    weighted = _times_public(rows, _weights_at_zero(holders)[:, None])
-    restored: bytes = np.bitwise_xor.reduce(weighted, axis=0).tobytes()
+    restored: bytes = _combined(_weights_at_zero(holders)[None], rows).tobytes()
     return restored
+
+
+@lru_cache(maxsize=64)
+def _powers(holders: tuple[int, ...], count: int) -> Bytes:
+    """Return the first powers, from 0, of every holder's number: ``[holder, count]``."""
+    exponents = np.outer([_LOGARITHMS[holder] for holder in holders], np.arange(count)) % 255
+    powers: Bytes = np.array(_POWERS, np.uint8)[exponents]
+    return powers
 
 
 @lru_cache(maxsize=64)

@@ -130,8 +130,9 @@ class Cohort(Section):
 
     A site's weight is its number of training records, at most ``weight_cap``. ``update_bound``
     is the largest weighted change of one coordinate that the first round can carry; later rounds
-    take their bounds from the round before. ``deadline_s`` is how long a site may work on a round,
-    ``exchange_s`` how long it may take for the messages that need no work.
+    take their bounds from the round before. ``rotation`` mixes coordinates before they are rounded,
+    which makes rounding finer; by default in rings of 16 bits. ``deadline_s`` is how long a site
+    may work on a round, ``exchange_s`` how long it may take for messages that need no work.
     """
 
     minimum_sites: int = Field(default=5, ge=3, le=200)
@@ -140,6 +141,7 @@ class Cohort(Section):
     exchange_s: Positive = 300.0
     weight_cap: int = Field(default=10_000, gt=0, lt=2**32)
     ring_bits: Literal[16, 24, 32] = 24
+    rotation: bool | None = None
     update_bound: Positive = 2.0
 
     @model_validator(mode="after")

@@ -28,10 +28,11 @@ from hospitium_common.messages import (
 )
 from hospitium_common.roster import Roster
 from hospitium_common.secagg.context import cohort_digest
-from hospitium_common.secagg.fixed_point import Quantiser, quantise
+from hospitium_common.secagg.fixed_point import quantise
 from hospitium_common.secagg.hashing import Label, payload_digest, sign, tagged_hash
 from hospitium_common.secagg.keys import SiteKeys
 from hospitium_common.secagg.policy import SecAggPolicy
+from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_server.unmasking import Unmasking, signed_task
 
 if TYPE_CHECKING:

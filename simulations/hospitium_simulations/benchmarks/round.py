@@ -22,8 +22,9 @@ from hospitium_client.training.local import train_without_privacy
 from hospitium_common.entropy import seeded_entropy
 from hospitium_common.models import build
 from hospitium_common.normalisation import Normalisation
-from hospitium_common.secagg.fixed_point import Quantiser, quantise
+from hospitium_common.secagg.fixed_point import quantise
 from hospitium_common.secagg.policy import SecAggPolicy
+from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_common.study import Study
 from hospitium_simulations.benchmarks.results import Result, publish
 from hospitium_simulations.federation import SimulationOptions, simulate

@@ -33,10 +33,10 @@ from hospitium_common.messages import (
 )
 from hospitium_common.normalisation import Normalisation, ranges
 from hospitium_common.secagg.context import round_context
-from hospitium_common.secagg.fixed_point import Quantiser
 from hospitium_common.secagg.hashing import Label, payload_digest, sign
 from hospitium_common.secagg.keys import SiteKeys
 from hospitium_common.secagg.policy import SecAggPolicy
+from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_common.study import load_study
 from hospitium_common.transcript import Transcript, audit, check_inclusion
 from hospitium_server.unmasking import Unmasking, signed_task
