@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hospitium_client import inclusion_cli
 from hospitium_client.protection.receipts import keep_receipt, read_receipts
+from hospitium_client.work import SiteWork
 from hospitium_common.archive import RoundArchive
 from hospitium_common.auditing import audit_round
 from hospitium_common.errors import ConfigError
@@ -67,7 +68,7 @@ def test_an_honest_run_holds_in_every_round_down_to_the_models(finished):
     assert "Nothing is broken in 4 round(s)" in done.output
     for told in (
         "version 2 is version 1 moved by this sum", "the normalisation is computed from this sum",
-        "are these totals", "seeds of 4 survivors and 1 dropped sites",
+        "the figures that are reported are these totals", "seeds of 4 survivors and 1 dropped sites",
         "follows round 32, and round 64 names its result",
     ):  # fmt: skip
         assert told in done.output
@@ -269,6 +270,38 @@ def test_vectors_of_a_failed_attempt_are_not_kept(tmp_path):
     assert transcript.task.attempt == 2
     assert list(archive.vectors(TRAINING_1, 1)) == []
     assert len(list(archive.vectors(TRAINING_1, 2))) == 3
+
+
+def test_rounds_that_were_rejected_or_undone_hold_too_and_so_does_an_average(tmp_path, monkeypatch):
+    train = SiteWork.train
+
+    def poisoned(self, number, *arguments, **more):
+        honest, factor = train(self, number, *arguments, **more), {2: 500, 4: -30}.get(number, 1)
+        if self.home.name != "hospital-1":
+            return honest
+        return replace(honest, vector=honest.vector * np.float32(factor))
+
+    monkeypatch.setattr(SiteWork, "train", poisoned)
+    # a wide ring, so that the poison passes the quantiser
+    study = study_of(
+        rounds=6, robustness={"gate": 0.05, "update_norm": 0.8}, strategy={"averaging": 0.5},
+        cohort={"ring_bits": 32, "update_bound": 50.0},
+    )  # fmt: skip
+    options = SimulationOptions(keep_masked=True)
+    outcome = simulate(study, hospitals(4), tmp_path, options, Notes())
+    history = [made for made, _ in outcome.history]
+    assert history[2].rejected
+    assert history[4].withdrawn
+    assert history[5].rejected
+    done = run_audit(tmp_path)
+    assert done.exit_code == 0, done.output
+    for told in (
+        "version 2 keeps the model of version 1: not used",
+        "version 5 keeps the model of version 3: not used",
+        "version 4 is version 3 moved by this sum", "version 6 is version 3 moved by this sum",
+        "the moving average up to version 6",
+    ):  # fmt: skip
+        assert told in done.output
 
 
 def inclusion(directory, site, rounds=None):

@@ -16,7 +16,7 @@ from hospitium_common.errors import HospitiumError
 from hospitium_common.metrics import EvaluationSums, evaluation_sums
 from hospitium_server.aggregation import OptimizerState
 from hospitium_server.evaluation import Figures, figures
-from hospitium_server.registry import RoundRecord, Version
+from hospitium_server.registry import GroupRecord, RoundRecord, Version
 from hospitium_server.report import ReportInput, write_report
 from hospitium_server.rounds import StudyResult
 from tests.federation_kit import private_study_of, study_of
@@ -24,7 +24,7 @@ from tests.federation_kit import private_study_of, study_of
 NASTY = "<script>alert(\"x\")</script> & <b>ill</b> 'or' well"
 NOTICES = ("Synthetic data: <no> patient is in it.", "A simulation on one machine.")
 PNG = b"\x89PNG\r\n\x1a\n"
-PICTURES = ("learning_curve.png", "roc.png", "precision_recall.png", "calibration.png")
+PICTURES = ("learning_curve.png", "roc.png", "precision_recall.png", "calibration.png", "norms.png")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -42,7 +42,7 @@ def record(number, **more) -> RoundRecord:
     made = RoundRecord(
         round=number, survivors=(1, 2, 3, 4), attempts=1, seconds=12.34 + number,
         bytes_sent=111_000 * number, bytes_received=2_340_000, update_norm=0.1 * number,
-        quantisation_error=0.00123, clipped_fraction=0.0,
+        quantisation_error=0.00123, clipped_fraction=0.0, norm_bound=2.5 if number else 0.0,
     )  # fmt: skip
     return replace(made, **more)
 
@@ -183,7 +183,7 @@ def test_the_pictures_in_the_page_are_the_ones_beside_it(written, page):
     }
     beside = {(written.parent / name).read_bytes() for name in PICTURES}
     assert shown == beside
-    assert len(beside) == 4
+    assert len(beside) == 5
     for picture in beside:
         assert picture.startswith(PNG)
         assert len(picture) > 5000
@@ -227,14 +227,56 @@ def test_the_first_sentence_says_how_good_it_is_and_how_sure_that_is(given, page
 
 def test_the_rounds_tell_who_was_missing_and_why(given, page):
     head, *rows = page.tables[1]
-    assert head[:5] == ["who was missing", "round", "sites", "attempts", "AUROC"]
+    assert head[:7] == ["who was missing", "round", "sites", "attempts", "AUROC", "norm", "allowed"]
     assert [row[1] for row in rows] == ["0", "1", "2", "3", "4"]
     assert rows[1][0] == "nobody"
     assert rows[2][0] == "south & east: no answer before the deadline; 9: refused: <its> policy"
     assert rows[2][2:4] == ["3", "2"]
     for row, (made, seen) in zip(rows, given.history, strict=True):
         assert float(row[4]) == pytest.approx(seen.auroc, abs=5.1e-4)
-        assert row[5:] == ["0.12%", "2.34 MB", f"{made.seconds:.1f} s"]
+        norms = [f"{made.update_norm:.3g}", "2.5"] if made.round else ["", ""]
+        assert row[5:] == [*norms, "0.12%", "2.34 MB", f"{made.seconds:.1f} s"]
+
+
+HAPPENED = {
+    1: {"rejected": "a mean update of <norm> 9", "model_of": 0, "norm_bound": 0.0},
+    2: {"withdrawn": "validation AUROC went from 0.8 to 0.5"},
+    3: {"lost": True, "model_of": 1, "norm_bound": 0.0},
+    4: {
+        "groups": (
+            GroupRecord(survivors=(1, 3), weight=9, norm=1.0, norm_bound=2.5),
+            GroupRecord(survivors=(2, 4), rejected="a total weight of 3"),
+        )
+    },
+}  # fmt: skip
+
+
+def test_what_was_not_used_is_listed_with_its_reason(tmp_path):
+    study = study_of()
+    given = report_input(study)
+    history = [
+        (replace(made, **HAPPENED.get(made.round, {})), score) for made, score in given.history
+    ]
+    page = Page(write_report(tmp_path, replace(given, history=history)).read_text())
+    said = (
+        "Round 1 was rejected: a mean update of <norm> 9. It kept the model of 0.",
+        "Round 2 was withdrawn: validation AUROC went from 0.8 to 0.5.",
+        "Round 3 was lost: the coordinator was cut off while it unmasked the sum. It kept the",
+        "Round 4, group of south & east, centre: a total weight of 3.",
+    )
+    for sentence in said:
+        assert sentence in page.text
+        assert sentence in (tmp_path / "report.md").read_text()
+    rows = strictly((tmp_path / "metrics.json").read_text())["rounds"]
+    assert [row["outcome"] for row in rows] == ["used", "rejected", "withdrawn", "lost", "used"]
+    assert [row["model_of"] for row in rows] == [0, 0, 2, 1, 4]
+    assert rows[4]["groups"] == 2
+    assert rows[4]["groups_rejected"] == 1
+    assert [row[5] for row in page.tables[1][1:]] == ["", "", "0.2", "", "0.4"]
+
+
+def test_a_study_of_which_all_was_used_says_so(page):
+    assert "Every round's update was used." in page.text
 
 
 def test_the_lineage_is_shown_in_full(given, page):
@@ -265,7 +307,13 @@ def test_the_csv_has_every_round_in_full_precision(given, written):
         assert int(row["attempts"]) == made.attempts
         assert int(row["bytes_sent"]) == made.bytes_sent
         assert int(row["bytes_received"]) == made.bytes_received
-        for name in ("update_norm", "quantisation_error", "clipped_fraction", "seconds"):
+        for name in (
+            "update_norm",
+            "norm_bound",
+            "quantisation_error",
+            "clipped_fraction",
+            "seconds",
+        ):
             assert float(row[name]) == getattr(made, name)
         assert float(row["auroc"]) == seen.auroc
         assert float(row["loss"]) == seen.loss

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from hospitium_common.metrics import EvaluationSums
     from hospitium_server.evaluation import Figures
+    from hospitium_server.registry import RoundRecord
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#7A5195", "#6B7280"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00", "#CC79A7", GREY)
@@ -47,8 +48,13 @@ STYLE: Any = {
 }
 
 
-def learning_curve(rounds: Sequence[int], seen: Sequence[Figures], best: int) -> bytes:
-    """Return a PNG: validation AUROC with its interval, and loss, over the rounds."""
+def learning_curve(
+    rounds: Sequence[int], seen: Sequence[Figures], best: int, withdrawn: Sequence[int] = ()
+) -> bytes:
+    """Return a PNG: validation AUROC with its interval, and loss, over the rounds.
+
+    Versions that were ``withdrawn`` are crossed out.
+    """
     with mpl.rc_context(STYLE):
         figure, (left, right) = _figure(2, 8.6)
         scores = [one.auroc for one in seen]
@@ -62,12 +68,45 @@ def learning_curve(rounds: Sequence[int], seen: Sequence[Figures], best: int) ->
                 [best], [scores[list(rounds).index(best)]], "o", color=ORANGE, markersize=8,
                 label=f"best: round {best}",
             )  # fmt: skip
+        if withdrawn:
+            crossed = [scores[list(rounds).index(number)] for number in withdrawn]
+            left.plot(withdrawn, crossed, "x", color=PURPLE, markersize=9, label="withdrawn")
         left.set(title="Validation AUROC", xlabel="round", ylabel="AUROC")
         left.legend(loc="lower right")
         right.plot(rounds, [s.loss for s in seen], color=GREY, marker="o", markersize=3.5)
         right.set(title="Validation loss", xlabel="round", ylabel="loss per record")
         for axes in (left, right):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return _png(figure)
+
+
+def norms(history: Sequence[RoundRecord]) -> bytes:
+    """Return a PNG: how long the mean updates were, how long they may be, and which were refused.
+
+    A refused sum has no norm to show; it is marked where it would stand.
+    """
+    with mpl.rc_context(STYLE):
+        figure, (axes,) = _figure(1, 4.6)
+        used = [made for made in history if made.norm_bound > 0]
+        axes.plot(
+            [made.round for made in used], [made.update_norm for made in used], color=BLUE,
+            marker="o", markersize=3.5, label="mean update",
+        )  # fmt: skip
+        axes.plot(
+            [made.round for made in used], [made.norm_bound for made in used], color=ORANGE,
+            linestyle=":", label="allowed",
+        )  # fmt: skip
+        refused = [made.round for made in history if made.rejected or made.withdrawn]
+        for at, number in enumerate(refused):
+            axes.axvline(
+                number, color=PURPLE, linestyle="--", linewidth=1,
+                label="not used" if at == 0 else None,
+            )  # fmt: skip
+        if used:
+            axes.set_yscale("log")
+        axes.set(title="Norm of the mean update", xlabel="round", ylabel="norm")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="best")
         return _png(figure)
 
 

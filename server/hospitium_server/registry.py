@@ -243,6 +243,11 @@ class Registry:
         row = self._database.execute(query, (number,)).fetchone()
         return None if row is None else np.frombuffer(row[0], np.uint64)
 
+    def evaluations(self) -> tuple[NDArray[np.uint64], ...]:
+        """Return the totals of every evaluation."""
+        with closing(self._database.execute("SELECT totals FROM evaluations")) as rows:
+            return tuple(np.frombuffer(totals, np.uint64) for (totals,) in rows)
+
     def latest(self) -> Version | None:
         """Return the last version that is wholly on disk."""
         with closing(self._database.execute("SELECT max(number) FROM versions")) as rows:

@@ -15,6 +15,7 @@ from hospitium_common.durable import write_durably
 from hospitium_common.metrics import scored_classes
 from hospitium_common.study.explain import explain
 from hospitium_server import plots
+from hospitium_server.round_rows import HEAD, not_used, round_rows, shown_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,14 +65,19 @@ def write_report(directory: Path, given: ReportInput) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     names = [given.study.task.classes[number] for number in scored_classes(given.study)]
     seen = [(made.round, score) for made, score in given.history if score is not None]
+    withdrawn = [made.round for made, score in given.history if made.withdrawn and score]
     sums = given.result.test_sums
     pictures = {
         "learning_curve.png": plots.learning_curve(
-            [number for number, _ in seen], [score for _, score in seen], given.result.best.number
+            [number for number, _ in seen],
+            [score for _, score in seen],
+            given.result.best.number,
+            withdrawn,
         ),
         "roc.png": plots.roc(sums, names),
         "precision_recall.png": plots.precision_recall(sums, names),
         "calibration.png": plots.calibration(sums, names),
+        "norms.png": plots.norms([made for made, _ in given.history]),
     }
     for name, picture in pictures.items():
         write_durably(directory / name, picture)
@@ -83,32 +89,8 @@ def write_report(directory: Path, given: ReportInput) -> Path:
     return page
 
 
-def _round_rows(given: ReportInput) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for made, score in given.history:
-        rows.append(
-            {
-                "round": made.round,
-                "sites": len(made.survivors),
-                "missing": "; ".join(
-                    f"{given.site_names.get(s, s)}: {why}" for s, why in made.missing.items()
-                ),
-                "attempts": made.attempts,
-                "auroc": None if score is None else score.auroc,
-                "loss": None if score is None else score.loss,
-                "update_norm": made.update_norm,
-                "quantisation_error": made.quantisation_error,
-                "clipped_fraction": made.clipped_fraction,
-                "bytes_sent": made.bytes_sent,
-                "bytes_received": made.bytes_received,
-                "seconds": made.seconds,
-            }
-        )
-    return rows
-
-
 def _csv(given: ReportInput) -> str:
-    rows, text = _round_rows(given), io.StringIO()
+    rows, text = round_rows(given.history, given.site_names), io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -124,7 +106,7 @@ def _json(given: ReportInput) -> str:
         "validation": asdict(given.result.validation),
         "test": asdict(given.result.test),
         "others": {name: asdict(one) for name, one in given.others.items()},
-        "rounds": _round_rows(given),
+        "rounds": round_rows(given.history, given.site_names),
     }
     return json.dumps(_without_nan(document), indent=2, allow_nan=False)
 
@@ -181,9 +163,18 @@ def _markdown(given: ReportInput) -> str:
     for name, one in _comparison(given):
         values = " | ".join(f"{getattr(one, key):.3f}" for key in FIGURE_NAMES)
         lines.append(f"| {name} | {values} |")
+    said = not_used(given.history, given.site_names) or ["Every round's update was used."]
+    lines += ["", "## What was not used?", "", *(f"- {one}" for one in said)]
     lines += ["", "## The study", ""]
     lines += [f"**{question}** {answer}\n" for question, answer in explain(given.study)]
     return "\n".join(lines)
+
+
+def _rejections(given: ReportInput) -> str:
+    said = not_used(given.history, given.site_names)
+    if not said:
+        return "<p>Every round's update was used.</p>"
+    return "<ul>" + "".join(f"<li>{html.escape(one)}</li>" for one in said) + "</ul>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 1) -> str:
@@ -213,22 +204,8 @@ def _html(given: ReportInput, pictures: Mapping[str, bytes]) -> str:
             for name, one in _comparison(given)
         ],
     )
-    rounds = _table(
-        ["who was missing", "round", "sites", "attempts", "AUROC", "rounding", "received", "time"],
-        [
-            [
-                str(row["missing"]) or "nobody",
-                str(row["round"]),
-                str(row["sites"]),
-                str(row["attempts"]),
-                "" if score is None else f"{score.auroc:.3f}",
-                f"{made.quantisation_error:.2%}",
-                f"{made.bytes_received / 1e6:.2f} MB",
-                f"{made.seconds:.1f} s",
-            ]
-            for row, (made, score) in zip(_round_rows(given), given.history, strict=True)
-        ],
-    )
+    rounds = _table(HEAD, shown_rows(given.history, given.site_names))
+    rejections = _rejections(given)
     facts = "".join(
         f"<dt>{html.escape(question)}</dt><dd>{html.escape(answer)}</dd>"
         for question, answer in explain(given.study)
@@ -251,8 +228,11 @@ most {test.auroc_error:.4f}.</p>
 {picture("precision_recall.png", "Precision and recall on test patients")}</div>
 <h2>How did it get there?</h2>{picture("learning_curve.png", "Validation AUROC and loss by round")}
 {rounds}
-<p><i>rounding</i> is a bound on the error of the masked sum relative to the update; round 0 added
-up the statistics for normalisation.</p>
+<p><i>norm</i> is the length of the mean update, <i>allowed</i> the longest that hospitals keeping
+to the study could make; <i>rounding</i> is a bound on the error of the masked sum relative to the
+update; round 0 added up the statistics for normalisation.</p>
+<h2>What was not used?</h2>{rejections}
+<div class="pair">{picture("norms.png", "Norm of the mean update and its bound by round")}</div>
 <h2>What is it, and what was promised?</h2><dl>{facts}</dl>
 <h2>Limits</h2><p>The model was trained for research. It has seen only the kinds of patients,
 devices and habits of the hospitals that took part; elsewhere it has to be evaluated first. It
