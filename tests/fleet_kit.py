@@ -101,7 +101,16 @@ class Coordinator:
         assert self.state.claim_task(task)
         assert self.state.activate_task(task)
         self._task = task
+        self._keep_alive()
         return run
+
+    def _keep_alive(self):
+        """Without a ServerApp's heartbeat Flower ends the run after a while."""
+        self.state.acknowledge_task_heartbeat(self._task)
+        timer = threading.Timer(5.0, self._keep_alive)
+        timer.daemon = True
+        if self._thread.is_alive():
+            timer.start()
 
     def end_run(self):
         assert self.state.finish_task(self._task, SubStatus.COMPLETED, "")

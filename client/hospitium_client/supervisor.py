@@ -62,11 +62,15 @@ class Part:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         log.error("%s %s; it is started again in %.1f s", self.name, how, pause_s)
 
+    def ask_to_stop(self) -> None:
+        """Ask the process to end."""
+        if self.process is not None:
+            self.process.terminate()
+
     def stop(self, grace_s: float) -> None:
-        """Ask the process to end, and end it if it does not."""
+        """Wait for the process to end, and end it if it does not."""
         if self.process is None:
             return
-        self.process.terminate()
         try:
             self.process.wait(grace_s)
         except subprocess.TimeoutExpired:
@@ -88,14 +92,16 @@ def supervise(
     grace_s: float = GRACE_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Keep every part running until ``stop``; then end them, the last one first."""
+    """Keep every part running until ``stop``; then end them all."""
     try:
         while not stop.is_set():
             for part in parts:
                 part.look(clock())
             stop.wait(LOOK_S)
     finally:
-        for part in reversed(parts):
+        for part in parts:
+            part.ask_to_stop()
+        for part in parts:
             part.stop(grace_s)
 
 
