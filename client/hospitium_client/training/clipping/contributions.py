@@ -108,6 +108,10 @@ class OuterProducts:
     def _bias_gradients(self) -> Tensor:
         return self.grads.sum(1)
 
+    def _products(self) -> Tensor:
+        """Return ``[B, in, out]``: few rows times many columns is the quicker way round."""
+        return torch.bmm(self.inputs.transpose(1, 2), self.grads)
+
     def squared_norms(self) -> Tensor:
         """Return ``[B]``."""
         positions, wide, tall = self.inputs.shape[1], self.inputs.shape[2], self.grads.shape[2]
@@ -120,7 +124,7 @@ class OuterProducts:
                 right = torch.bmm(self.grads, self.grads.transpose(1, 2))
                 norms = gram_norms(left, right)
             else:
-                products = torch.bmm(self.grads.transpose(1, 2), self.inputs)
+                products = self._products()
                 if products.numel() <= self.grads.numel():
                     self.products = products  # small enough to keep for the sum
                 norms = products.square().sum((1, 2))
@@ -131,7 +135,8 @@ class OuterProducts:
     def weighted_sum(self, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return each parameter with the weighted sum of its gradients."""
         if self.products is not None:
-            found = [(self.weight, (factors @ self.products.flatten(1)).view_as(self.weight))]
+            total = (factors @ self.products.flatten(1)).view(self.products.shape[1:])
+            found = [(self.weight, total.t().reshape(self.weight.shape))]
             if self.bias is not None and self.bias.requires_grad:
                 found.append((self.bias, factors @ self._bias_gradients()))
             return found
@@ -147,8 +152,7 @@ class OuterProducts:
     def one_by_one(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each parameter with its gradients ``[B, ...]``."""
         if self.weight.requires_grad:
-            products = torch.bmm(self.grads.transpose(1, 2), self.inputs)
-            yield self.weight, products.view(-1, *self.weight.shape)
+            yield self.weight, self._products().transpose(1, 2).reshape(-1, *self.weight.shape)
         if self.bias is not None and self.bias.requires_grad:
             yield self.bias, self._bias_gradients()
 

@@ -31,14 +31,16 @@ if TYPE_CHECKING:
 
 FEW_CHANNELS = 4
 """Up to here the whole batch unfolded is small, and serves both the forward and the gradients."""
+SHIFT = 30
+"""Adding up a shifted Gram matrix takes, per entry, the time of so many multiplications in one."""
 
 
 def convolution(layer: _ConvNd, inputs: Tensor, grads: Tensor) -> Contribution:
     """Return the contribution of an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
 
     ``inputs`` is ``[B, in, *size]``, ``grads`` is ``[B, out, *places]``. Gram matrices cost
-    pixels² · channels and a second pass for the sum; written-out gradients cost
-    pixels · taps · in · out once.
+    pixels² · (channels + shifts) and half a pass for the sum more than written-out gradients,
+    which cost pixels · taps · in · out once.
     """
     padding = list(layer._reversed_padding_repeated_twice)  # whichever way it was given
     if layer.padding_mode != "zeros":
@@ -48,7 +50,7 @@ def convolution(layer: _ConvNd, inputs: Tensor, grads: Tensor) -> Contribution:
         if Taps.of(layer).count == 1 and not any(padding):
             return _single_pixels(layer, inputs, grads)
         gram = inputs[0, 0].numel() ** 2 * layer.in_channels
-        gram += grads[0, 0].numel() ** 2 * layer.out_channels
+        gram += grads[0, 0].numel() ** 2 * (layer.out_channels + SHIFT * Taps.of(layer).count)
         if gram < grads[0, 0].numel() * layer.weight.numel() // 2:
             return PixelGrams(layer, inputs, grads, padding)
     images = functional.pad(inputs, padding)
@@ -173,13 +175,16 @@ class _Unfolded(torch.autograd.Function):
         columns = functional.unfold(
             inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride
         )  # [B, in · taps, pixels]
-        out = inputs.new_empty(len(inputs), layer.out_channels, *places)
-        out = out.contiguous(memory_format=torch.channels_last)
+        out = torch.empty(
+            (len(inputs), layer.out_channels, *places), dtype=inputs.dtype, device=inputs.device,
+            memory_format=torch.channels_last,
+        )  # fmt: skip
         kernel = layer.weight.flatten(1).t().expand(len(inputs), -1, -1)
         rows = out.permute(0, 2, 3, 1).flatten(1, 2)
-        torch.bmm(columns.transpose(1, 2), kernel, out=rows)
-        if layer.bias is not None:
-            rows += layer.bias
+        if layer.bias is None:
+            torch.bmm(columns.transpose(1, 2), kernel, out=rows)
+        else:
+            torch.baddbmm(layer.bias, columns.transpose(1, 2), kernel, out=rows)
         ctx.save_for_backward(inputs, columns)
         kept: Any = ctx
         kept.layer, kept.recording = layer, recording

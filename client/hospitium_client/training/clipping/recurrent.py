@@ -51,6 +51,13 @@ def _sum_of_biases(bias_in: Tensor | None, bias_across: Tensor | None) -> Tensor
     return None if bias_in is None or bias_across is None else bias_in + bias_across
 
 
+def _states_from_zero(inputs: Tensor, size: int) -> Tensor:
+    """Return room for ``[time + 1, batch, size]``, the first of them zero."""
+    states = inputs.new_empty(len(inputs) + 1, inputs.shape[1], size)
+    states[0].zero_()
+    return states
+
+
 class _Lstm(torch.autograd.Function):
     """Gates in torch's order: input, forget, cell, output."""
 
@@ -69,19 +76,22 @@ class _Lstm(torch.autograd.Function):
         flat = inputs.flatten(0, 1)
         gates = flat @ into if bias is None else torch.addmm(bias * twice, flat, into)
         gates = gates.view(steps, batch, 4 * size)
-        hidden = inputs.new_zeros(steps + 1, batch, size)
-        cells = inputs.new_zeros(steps + 1, batch, size)
+        hidden, cells = (_states_from_zero(inputs, size) for _ in range(2))
         curved = inputs.new_empty(steps, batch, size)
-        for gate, four, before, now, old, new, curve in zip(
-            gates, gates.view(steps, batch, 4, size).unbind(0), hidden[:-1], hidden[1:],
-            cells[:-1], cells[1:], curved, strict=True,
-        ):  # fmt: skip
-            gate.addmm_(before, across).sigmoid_()
+        minus = inputs.new_tensor(-1.0)
+        before, *later = hidden.unbind(0)
+        old, *changed = cells.unbind(0)
+        for gate, four, now, new, curve in zip(
+            gates, gates.view(steps, batch, 4, size).unbind(0), later, changed, curved, strict=True
+        ):
             enter, forget, fresh, out = four.unbind(1)
+            gate.addmm_(before, across).sigmoid_()
             torch.mul(forget, old, out=new)
             new.addcmul_(enter, fresh, value=2.0).sub_(enter)
-            torch.mul(new, 2.0, out=curve).sigmoid_().mul_(2.0).sub_(1.0)
+            torch.mul(new, 2.0, out=curve).sigmoid_()
+            torch.add(minus, curve, alpha=2.0, out=curve)
             torch.mul(out, curve, out=now)
+            before, old = now, new
         kept: Any = ctx
         kept.kept = inputs, gates, hidden, cells, curved
         kept.recording = recording
@@ -96,21 +106,25 @@ class _Lstm(torch.autograd.Function):
         steps, batch, size = curved.shape
         slopes = torch.addcmul(gates, gates, gates, value=-1.0)  # s − s²
         enter, forget, fresh, out = gates.view(steps, batch, 4, size).unbind(2)
-        four = slopes.view(steps, batch, 4, size)
-        four[:, :, 2].mul_(enter).mul_(4.0)
-        four[:, :, 0].mul_(fresh.mul_(2.0).sub_(1.0))
-        four[:, :, 1].mul_(cells[:-1])
-        four[:, :, 3].mul_(curved)
-        through_cell = out - out * curved.square_()
+        of_enter, of_forget, of_fresh, of_out = slopes.view(steps, batch, 4, size).unbind(2)
+        zero, minus = inputs.new_tensor(0.0), inputs.new_tensor(-1.0)
+        torch.addcmul(zero, of_fresh, enter, value=4.0, out=of_fresh)
+        of_enter.mul_(torch.add(minus, fresh, alpha=2.0, out=fresh))
+        of_forget.mul_(cells[:-1])
+        of_out.mul_(curved)
+        through_cell = torch.addcmul(out, out, curved.square_(), value=-1.0, out=out)
         d_cell, d_hidden = torch.zeros_like(curved[0]), torch.zeros_like(curved[0])
-        given = grads[0]
-        for t in range(steps - 1, -1, -1):
-            d_hidden += given[t]
-            d_cell.addcmul_(d_hidden, through_cell[t])
-            four[t, :, :3] *= d_cell[:, None]
-            four[t, :, 3] *= d_hidden
-            d_cell *= forget[t]
-            torch.mm(slopes[t], weight_across, out=d_hidden)
+        inner = slopes.view(steps, batch, 4, size)[:, :, :3]
+        for slope, within, last, given, through, keep in zip(
+            *(reversed(t.unbind(0)) for t in (slopes, inner, of_out, grads[0], through_cell, forget)),
+            strict=True,
+        ):  # fmt: skip
+            d_hidden += given
+            d_cell.addcmul_(d_hidden, through)
+            within *= d_cell[:, None]
+            last *= d_hidden
+            d_cell *= keep
+            torch.mm(slope, weight_across, out=d_hidden)
         kept.recording.contributions.append(
             RecurrentGradients(kept.parameters, inputs, hidden[:-1], slopes)
         )
@@ -141,7 +155,7 @@ class _Gru(torch.autograd.Function):
             gates += torch.cat([into_new, into_rest + across_rest, across_new])
         rolled = weight_in.roll(size, 0).t()  # new, reset, update
         gates.view(steps * batch, -1)[:, : 3 * size].addmm_(inputs.flatten(0, 1), rolled)
-        hidden = inputs.new_zeros(steps + 1, batch, size)
+        hidden = _states_from_zero(inputs, size)
         across = weight_across.t().contiguous()
         for gate, before, now in zip(gates, hidden[:-1], hidden[1:], strict=True):
             gate[:, size:].addmm_(before, across)

@@ -28,6 +28,86 @@ class Parameters(NamedTuple):
 
 
 @dataclass
+class _Side:
+    """Weights that meet the same gates: the gradient is Σ_t gates_t given_tᵀ, column by column.
+
+    ``given`` ``[T, B, columns]`` is what all weights are multiplied by, side by side; the biases
+    are multiplied by 1. A GRU's rows are kept in another order than torch's, by ``roll``.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    given: Tensor | None
+    gates: Tensor
+    roll: int = 0
+
+    @classmethod
+    def of(
+        cls, weights: dict[Tensor, Tensor], biases: list[Tensor | None], gates: Tensor, roll: int = 0
+    ) -> _Side:
+        """Keep what is trained; ``weights`` maps each to what it is multiplied by."""
+        trained = {w: given for w, given in weights.items() if w.requires_grad}
+        given = list(trained.values())
+        return cls(
+            tuple(trained), tuple(b for b in biases if b is not None and b.requires_grad),
+            torch.cat(given, 2) if len(given) > 1 else next(iter(given), None), gates, roll,
+        )  # fmt: skip
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the gradient."""
+        return self.gates.shape[2], 0 if self.given is None else self.given.shape[2]
+
+    def by_gram(self) -> Tensor:
+        """Return squared norms ``[B]``."""
+        steps, batch, _ = self.gates.shape
+        left = self.gates.new_zeros(batch, steps, steps) if self.given is None else _gram(self.given)
+        return gram_norms(left.add_(len(self.biases)), _gram(self.gates))
+
+    def written_out(self) -> Tensor:
+        """Return squared norms ``[B]``."""
+        total = self.gates.sum(0).square().sum(1) * len(self.biases)
+        rows, columns = self.size
+        if self.given is not None:
+            step = max(1, CACHED // (rows * columns))
+            for at in range(0, len(total), step):
+                part = slice(at, at + step)
+                left, right = self.given[:, part].permute(1, 2, 0), self.gates[:, part]
+                total[part] += torch.bmm(left, right.transpose(0, 1)).square_().sum((1, 2))
+        return total
+
+    def weighted_sum(self, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Scale the narrow side of the product; the gates are the wide one."""
+        gates, found = self.gates.flatten(0, 1), []
+        if self.given is not None:
+            scaled = (self.given * factors[None, :, None]).flatten(0, 1)
+            found += self._by_weight((scaled.t() @ gates).t())
+        if self.biases:
+            total = (factors.repeat(len(self.gates)) @ gates).roll(self.roll)
+            found += [(bias, total) for bias in self.biases]
+        return found
+
+    def one_by_one(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each parameter with its gradients ``[B, ...]``."""
+        if self.given is not None:
+            yield from self._by_weight(
+                torch.bmm(self.gates.permute(1, 2, 0), self.given.transpose(0, 1))
+            )
+        each = self.gates.sum(0).roll(self.roll, 1)
+        yield from ((bias, each) for bias in self.biases)
+
+    def _by_weight(self, gradients: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Split ``[..., rows, columns]`` into the weights' own columns."""
+        rolled = gradients.roll(self.roll, -2) if self.roll else gradients
+        parts = rolled.split([weight.shape[1] for weight in self.weights], -1)
+        return list(zip(self.weights, parts, strict=True))
+
+    def drop(self, bad: Tensor) -> None:
+        self.gates = without(self.gates, bad, 1)
+        if self.given is not None:
+            self.given = without(self.given, bad, 1)
+
+
 class RecurrentGradients:
     """Time comes first: ``inputs`` ``[T, B, in]``, ``states`` before each step ``[T, B, hidden]``.
 
@@ -36,112 +116,44 @@ class RecurrentGradients:
     to the inputs, the last three to the states.
     """
 
-    parameters: Parameters
-    inputs: Tensor
-    states: Tensor
-    gates: Tensor
-
-    @property
-    def _is_gru(self) -> bool:
-        return len(self.parameters.weight_across) < self.gates.shape[2]
-
-    def _sides(self) -> list[tuple[Tensor, Tensor | None, Tensor, Tensor, int]]:
-        """Per weight: it, its bias, its inputs, gate gradients, and by how much rows are rolled."""
-        weight_in, weight_across, bias_in, bias_across = self.parameters
-        size = self.states.shape[2]
-        if not self._is_gru:
-            return [
-                (weight_in, bias_in, self.inputs, self.gates, 0),
-                (weight_across, bias_across, self.states, self.gates, 0),
+    def __init__(
+        self, parameters: Parameters, inputs: Tensor, states: Tensor, gates: Tensor
+    ) -> None:
+        weight_in, weight_across, bias_in, bias_across = parameters
+        size = states.shape[2]
+        if len(weight_across) == gates.shape[2]:  # an LSTM
+            both = {weight_in: inputs, weight_across: states}
+            self._sides = [_Side.of(both, [bias_in, bias_across], gates)]
+        else:
+            self._sides = [
+                _Side.of({weight_in: inputs}, [bias_in], gates[:, :, : 3 * size], -size),
+                _Side.of({weight_across: states}, [bias_across], gates[:, :, size:]),
             ]
-        return [
-            (weight_in, bias_in, self.inputs, self.gates[:, :, : 3 * size], -size),
-            (weight_across, bias_across, self.states, self.gates[:, :, size:], 0),
-        ]
 
     def squared_norms(self) -> Tensor:
         """Return ``[B]``."""
-        steps, _, tall = self.gates.shape
-        wide = self.inputs.shape[2] + self.states.shape[2]
-        if steps * (wide + tall) < wide * tall:
-            return self._by_grams()
-        return self._written_out()
-
-    def _by_grams(self) -> Tensor:
-        """Both weights share the Gram matrices of the gates that they share."""
-        of_gates = _gram(self.gates)
-        if self._is_gru:
-            size = self.states.shape[2]
-            ends = [of_gates - _gram(self.gates[:, :, 3 * size :])]
-            ends.append(of_gates - _gram(self.gates[:, :, :size]))
-            return sum_of(
-                [
-                    gram_norms(left, right)
-                    for side, right in zip(self._sides(), ends, strict=True)
-                    if (left := _left(*side[:3])) is not None
-                ]
-            )
-        lefts = [left for side in self._sides() if (left := _left(*side[:3])) is not None]
-        total = lefts[0] if len(lefts) == 1 else lefts[0].add_(lefts[1])
-        return gram_norms(total, of_gates)
-
-    def _written_out(self) -> Tensor:
-        numbers = max(side[0].numel() for side in self._sides())
-        step, batch = max(1, CACHED // numbers), self.gates.shape[1]
-        total = self.gates.new_zeros(batch)
-        for weight, bias, given, back, _ in self._sides():
-            if weight.requires_grad:
-                for at in range(0, batch, step):
-                    part = slice(at, at + step)
-                    each = torch.bmm(given[:, part].permute(1, 2, 0), back[:, part].transpose(0, 1))
-                    total[part] += each.square_().sum((1, 2))
-            if bias is not None and bias.requires_grad:
-                total += back.sum(0).square().sum(1)
-        return total
+        found = []
+        for side in self._sides:
+            (rows, columns), steps = side.size, len(side.gates)
+            cheap = steps * (rows + columns) < rows * columns
+            found.append(side.by_gram() if cheap else side.written_out())
+        return sum_of(found)
 
     def weighted_sum(self, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Scale the narrow side of each product; the gates are the wide one."""
-        found = []
-        steps, size = len(self.gates), self.states.shape[2]
-        of_gates = factors.repeat(steps) @ self.gates.flatten(0, 1)
-        for weight, bias, given, back, roll in self._sides():
-            if weight.requires_grad:
-                scaled = given * factors[None, :, None]
-                total = (scaled.flatten(0, 1).t() @ back.flatten(0, 1)).t()
-                found.append((weight, total.roll(roll, 0) if roll else total))
-            if bias is not None and bias.requires_grad:
-                if self._is_gru:
-                    first = bias is self.parameters.bias_in
-                    own = of_gates[: 3 * size].roll(roll) if first else of_gates[size:]
-                    found.append((bias, own))
-                else:
-                    found.append((bias, of_gates))
-        return found
+        """Return each parameter with the weighted sum of its gradients."""
+        return [pair for side in self._sides for pair in side.weighted_sum(factors)]
 
     def one_by_one(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each parameter with its gradients ``[B, ...]``."""
-        for weight, bias, given, back, roll in self._sides():
-            if weight.requires_grad:
-                each = torch.bmm(back.permute(1, 2, 0), given.transpose(0, 1))
-                yield weight, each.roll(roll, 1) if roll else each
-            if bias is not None and bias.requires_grad:
-                yield bias, back.sum(0).roll(roll, 1)
+        for side in self._sides:
+            yield from side.one_by_one()
 
     def drop(self, bad: Tensor) -> None:
         """Make the marked samples contribute nothing."""
-        self.inputs, self.states = without(self.inputs, bad, 1), without(self.states, bad, 1)
-        self.gates = without(self.gates, bad, 1)
+        for side in self._sides:
+            side.drop(bad)
 
 
 def _gram(values: Tensor) -> Tensor:
     """From ``[T, B, n]`` to ``[B, T, T]``."""
     return torch.bmm(values.transpose(0, 1), values.permute(1, 2, 0))
-
-
-def _left(weight: Tensor, bias: Tensor | None, given: Tensor) -> Tensor | None:
-    """Gram of what a weight is multiplied by, and of the 1 of its bias; none if both are frozen."""
-    has_bias = bias is not None and bias.requires_grad
-    if not weight.requires_grad:
-        return given.new_ones(given.shape[1], len(given), len(given)) if has_bias else None
-    gram = _gram(given)
-    return gram.add_(1.0) if has_bias else gram
