@@ -58,7 +58,7 @@ REFUSALS = {
     "no data": ("simulate a.toml --data none", "none/dataset.toml: expected a data mapping"),
     "a partition of no kind": (
         "simulate a.toml --data . --partition fair",
-        "expected a partition of site, iid, dirichlet:ALPHA or quantity:ALPHA, got 'fair'",
+        "expected a partition of site, iid, pooled, dirichlet:ALPHA or quantity:ALPHA, got 'fair'",
     ),
     "a fault of no kind": (
         "simulate a.toml --data . --fault explode:1:masked",

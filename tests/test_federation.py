@@ -15,7 +15,7 @@ from hospitium_common.messages import Masked, decode
 from hospitium_simulations import in_memory
 from hospitium_simulations.faults import Fault
 from hospitium_simulations.federation import SimulationOptions, simulate
-from tests.federation_kit import Notes, hospitals, private_study_of, study_of
+from tests.federation_kit import Notes, hospital, hospitals, private_study_of, study_of
 
 MASKED, PLAIN = SimulationOptions(), SimulationOptions(masked=False)
 
@@ -314,3 +314,11 @@ def test_a_registry_can_be_read_while_a_run_is_going_on(tmp_path):
     run(study_of(rounds=1), tmp_path, PLAIN)
     with sqlite3.connect(tmp_path / "coordinator" / "registry.sqlite") as database:
         assert database.execute("SELECT count(*) FROM versions").fetchone() == (2,)
+
+
+def test_all_data_in_one_place_is_never_called_a_masked_federation(tmp_path):
+    study, everybody = study_of(), {"pooled": hospital(1)}
+    with pytest.raises(ConfigError, match="3 to 8 sites"):
+        simulate(study, everybody, tmp_path / "masked", MASKED, Notes())
+    outcome = simulate(study, everybody, tmp_path / "plain", PLAIN, Notes())
+    assert outcome.result.last.number == study.rounds

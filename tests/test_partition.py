@@ -144,3 +144,10 @@ def test_a_partition_of_another_kind_is_refused(text):
 def test_an_alpha_that_is_no_positive_number_is_refused(alpha):
     with pytest.raises(ConfigError, match="quantity:ALPHA"):
         Partition.parse(f"quantity:{alpha}")
+
+
+def test_pooled_data_stays_in_one_place():
+    records = visits(np.random.default_rng(3), 20)
+    parts = cut(records, Partition.parse("pooled"), 4, 1)
+    assert list(parts) == ["pooled"]
+    assert len(parts["pooled"]) == len(records)

@@ -44,7 +44,11 @@ def simulate(
     data: Annotated[Path, typer.Option(help="Data directory with a dataset.toml.")],
     sites: Annotated[int, typer.Option(help="How many hospitals to cut the data into.")] = 4,
     partition: Annotated[
-        str, typer.Option(help="site (as the data says), iid, dirichlet:ALPHA or quantity:ALPHA.")
+        str,
+        typer.Option(
+            help="site (as the data says), iid, dirichlet:ALPHA, quantity:ALPHA, or pooled: all "
+            "data in one place, with --no-masking."
+        ),
     ] = "iid",
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
     name: Annotated[str, typer.Option(help="Name of the run; default: from the study.")] = "",
@@ -52,6 +56,9 @@ def simulate(
         bool, typer.Option("--baselines", help="Also train each hospital alone, and pooled.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Instead of the study's own seed.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(min=0.01, help="Instead of a private study's own epsilon.")
+    ] = None,
     fault: Annotated[
         list[str] | None,
         typer.Option(help="KIND:SITE:MESSAGE[:ROUND], e.g. drop:2:masked:3. May be repeated."),
@@ -68,12 +75,22 @@ def simulate(
         masked=not no_masking, faults=tuple(Fault.parse(text) for text in fault or ())
     )
     cutting = Partition.parse(partition)
-    document = load_study(study)
-    if seed is not None:
-        identity = document.study.model_copy(update={"seed": seed})
-        document = document.model_copy(update={"study": identity})
+    document = _changed(load_study(study), seed, epsilon)
     directory = runs / (name or f"{document.study.id}-{document.digest.hex()[:8]}")
     run(document, data, directory, cutting, sites, options, with_baselines=baselines)
+
+
+def _changed(study: Study, seed: int | None, epsilon: float | None) -> Study:
+    """Return the study with another seed or epsilon; it is another study then."""
+    if seed is not None:
+        study = study.model_copy(update={"study": study.study.model_copy(update={"seed": seed})})
+    if epsilon is not None:
+        if not study.is_private:
+            raise ConfigError('expected a study with privacy.mode = "dp" for --epsilon')
+        study = study.model_copy(
+            update={"privacy": study.privacy.model_copy(update={"epsilon": epsilon})}
+        )
+    return study
 
 
 def demo(

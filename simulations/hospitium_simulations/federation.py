@@ -77,11 +77,13 @@ def simulate(
     is written to ``model.safetensors``.
 
     Raises:
-        ConfigError: fewer hospitals than the study asks for, or more than it allows.
+        ConfigError: fewer hospitals than the study asks for, or more than it allows. One place
+            that has all data is compared with, and may be one where nothing is masked.
         HospitiumError: a round failed; run it again to resume.
     """
     cohort = study.cohort
-    if not cohort.minimum_sites <= len(hospitals) <= cohort.maximum_sites:
+    alone = len(hospitals) == 1 and not options.masked
+    if not alone and not cohort.minimum_sites <= len(hospitals) <= cohort.maximum_sites:
         raise ConfigError(
             f"expected {cohort.minimum_sites} to {cohort.maximum_sites} sites as the study's "
             f"cohort says, got {len(hospitals)}"

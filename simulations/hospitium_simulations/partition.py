@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     Index = NDArray[np.int64]
 
-Kind = Literal["site", "iid", "dirichlet", "quantity"]
+Kind = Literal["site", "iid", "dirichlet", "quantity", "pooled"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """How to cut: along the data's own sites, evenly, by skewed labels or by skewed sizes.
+    """How to cut: along the data's own sites, evenly, by skewed labels, by skewed sizes, or not.
 
     ``alpha`` is the concentration of the Dirichlet distribution: the smaller, the more uneven
     (Hsu, Qi and Brown 2019).
@@ -34,21 +34,22 @@ class Partition:
 
     @classmethod
     def parse(cls, text: str) -> Partition:
-        """Read ``site``, ``iid``, ``dirichlet:ALPHA`` or ``quantity:ALPHA``.
+        """Read ``site``, ``iid``, ``pooled``, ``dirichlet:ALPHA`` or ``quantity:ALPHA``.
 
         Raises:
             ConfigError: it is something else.
         """
         kind, _, alpha = text.partition(":")
         try:
-            if kind in ("site", "iid") and not alpha:
+            if kind in ("site", "iid", "pooled") and not alpha:
                 return cls(kind=kind)  # type: ignore[arg-type]  # checked in the line above
             if kind in ("dirichlet", "quantity") and 0 < float(alpha or 0.5) < math.inf:
                 return cls(kind=kind, alpha=float(alpha or 0.5))  # type: ignore[arg-type]  # checked in the line above
         except ValueError:
             pass
         raise ConfigError(
-            f"expected a partition of site, iid, dirichlet:ALPHA or quantity:ALPHA, got {text!r}"
+            "expected a partition of site, iid, pooled, dirichlet:ALPHA or quantity:ALPHA, got "
+            f"{text!r}"
         )
 
     def __str__(self) -> str:
@@ -64,6 +65,8 @@ def cut(records: Records, partition: Partition, sites: int, seed: int) -> dict[s
         ConfigError: the data names no sites, or a hospital would get nobody.
         DataRejected: the data has a patient at two sites.
     """
+    if partition.kind == "pooled":
+        return {"pooled": np.arange(len(records))}
     if partition.kind == "site":
         if records.sites is None:
             raise ConfigError(
