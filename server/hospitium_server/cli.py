@@ -12,7 +12,7 @@ from rich.table import Table
 from hospitium_common.errors import ConfigError
 from hospitium_common.study import load_study
 from hospitium_common.study.signature import sign_study
-from hospitium_server import enrolment_cli
+from hospitium_server import enrolment_cli, serve_cli
 from hospitium_server.keys import load_key
 from hospitium_server.registry import Registry
 from hospitium_server.settings import CoordinatorHome
@@ -20,6 +20,7 @@ from hospitium_server.settings import CoordinatorHome
 app = typer.Typer(help="Found a federation, enroll hospitals, sign studies.", no_args_is_help=True)
 
 app.add_typer(enrolment_cli.app)
+app.add_typer(serve_cli.app)
 
 
 @app.command()

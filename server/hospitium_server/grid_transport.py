@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from hospitium_common.envelope import NONCE_BYTES, Request, open_answer, seal_request
 from hospitium_common.errors import PeerProtocolError
 from hospitium_common.flower_record import as_record
+from hospitium_server.studies import NOT_CONNECTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -25,7 +26,6 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 0.5
 PATIENCE_SHARE = 0.05
 """The pause between two looks, as a share of how long nothing came."""
-NOT_CONNECTED = "its node is not connected"
 
 
 class Listener(Protocol):

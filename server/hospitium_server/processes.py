@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from hospitium_server.control import SuperLinkControl
 from hospitium_server.superlink import SuperLinkOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 START_S = 60
@@ -84,11 +85,12 @@ class Child:
 
 @dataclass(frozen=True, kw_only=True)
 class SuperLinkPlace:
-    """Where a SuperLink keeps its files and listens; ``port`` 0 lets the system choose."""
+    """Where a SuperLink keeps its files and listens; port 0 lets the system choose."""
 
     directory: Path
     host: str
     port: int
+    local_port: int
     certificate: Path
     private_key: Path
 
@@ -125,7 +127,7 @@ class SuperLinkProcess:
         place.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._public = _listen(place.host, place.port)
         prepare_database(database)
-        self._loopback = _listen("127.0.0.1", 0)
+        self._loopback = _listen("127.0.0.1", place.local_port)
         token, secret = secrets.token_urlsafe(32), secrets.token_bytes(32)
         self.control = SuperLinkControl(self.loopback_address, token, secret)
         self._order = SuperLinkOrder(
@@ -162,21 +164,22 @@ class SuperLinkProcess:
             sockets=[self._public.fileno(), self._loopback.fileno()],
         )  # fmt: skip
 
-    def wait_until_up(self, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Wait until it answers.
+    def wait_until_up(self, stop: threading.Event | None = None) -> None:
+        """Wait until it answers, or until ``stop`` is set.
 
         Raises:
             HospitiumError: it ended, or it does not answer.
         """
-        for _ in range(START_S * 10):
+        stop = threading.Event() if stop is None else stop
+        until = time.monotonic() + START_S
+        while time.monotonic() < until:
             if self.exit_code() is not None:
                 raise HospitiumError(
                     f"SuperLink: expected it to start, it ended with code {self.exit_code()}; "
                     "what it wrote above says why"
                 )
-            if self.control.is_up():
+            if self.control.is_up() or stop.wait(0.1):
                 return
-            sleep(0.1)
         raise HospitiumError(f"SuperLink: expected an answer within {START_S} s, got none")
 
     def exit_code(self) -> int | None:
