@@ -10,7 +10,7 @@ import pytest
 
 from hospitium_client.work import SiteWork, shortened
 from hospitium_common.archive import RoundArchive
-from hospitium_common.errors import HospitiumError
+from hospitium_common.errors import HospitiumError, StudyHalted
 from hospitium_common.messages import Task, decode
 from hospitium_server.registry import Registry
 from hospitium_simulations import in_memory
@@ -160,7 +160,7 @@ def test_made_up_counts_cost_a_round_and_not_the_model(tmp_path, poisoning):
 def test_a_study_in_which_every_round_is_rejected_stops_and_says_what_to_do(tmp_path, poisoning):
     poisoning(scaled(100))
     study = study_of(rounds=8, robustness={"update_norm": 0.5, "most_rejected": 2})
-    with pytest.raises(HospitiumError, match=r"round 2: rejected.*last 2.*which site does harm"):
+    with pytest.raises(StudyHalted, match=r"round 2: rejected.*last 2.*which site does harm"):
         run(study, tmp_path, sites=4)
     registry = Registry.open_existing(tmp_path / "coordinator")
     assert [made.model_of for made, _ in registry.history()] == [None, 0, 0]

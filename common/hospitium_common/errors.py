@@ -25,6 +25,10 @@ class NotApproved(HospitiumError):
     """The site's policy does not allow what the coordinator asked for."""
 
 
+class StudyHalted(HospitiumError):
+    """A study must not go on by itself before a person has looked into it; nothing is lost."""
+
+
 class LocalProtocolError(HospitiumError):
     """Our own side asked the protocol for a step that its state does not allow."""
 

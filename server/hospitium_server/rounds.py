@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from hospitium_common.errors import HospitiumError
+from hospitium_common.errors import HospitiumError, StudyHalted
 from hospitium_common.messages import Purpose
 from hospitium_common.metrics import EvaluationSums
 from hospitium_common.normalisation import Normalisation
@@ -95,6 +95,7 @@ class StudyRun:
         """Run every round that is not in the registry yet, then evaluate.
 
         Raises:
+            StudyHalted: round after round was rejected; a person has to look into it first.
             HospitiumError: a round failed; what was finished is in the registry.
         """
         version = self._registry.latest()
@@ -183,7 +184,7 @@ class StudyRun:
         """Stop when round after round is rejected: somebody has to find out why.
 
         Raises:
-            HospitiumError: too many in a row.
+            StudyHalted: too many in a row.
         """
         most = self._study.robustness.most_rejected
         if not record.rejected:
@@ -192,7 +193,7 @@ class StudyRun:
         log.warning("training round %d is rejected: %s", record.round, record.rejected)
         self._rejected_in_a_row += 1
         if self._rejected_in_a_row >= most:
-            raise HospitiumError(
+            raise StudyHalted(
                 f"training round {record.round}: rejected, as were all of the last {most} "
                 f"({record.rejected}). The model is that of version {record.model_of}. Find out "
                 "which site does harm and leave it out; run the study again to go on"

@@ -35,7 +35,9 @@ valid_days = 730                    # how long a hospital is enrolled before it 
 
 [storage]
 superlink = "superlink"             # the server's database: only masked and signed bytes
-studies = "studies"                 # models, figures and reports of every study
+studies = "studies"                 # models, transcripts, figures and reports of every study
+masked_vectors = false              # keep them too, so that `hospitium audit-round` can recompute
+                                    # sums; sites x parameters x 2 to 4 bytes for every round
 """
 
 
@@ -90,10 +92,11 @@ class Enrolment(_Section):
 
 
 class Storage(_Section):
-    """``[storage]``: folders of the server and of the studies."""
+    """``[storage]``: folders of the server and of the studies, and what audits can go back to."""
 
     superlink: Path = Path("superlink")
     studies: Path = Path("studies")
+    masked_vectors: bool = False
 
 
 class CoordinatorSettings(_Section):
