@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hospitium_common.models.pretrained import load_pretrained
 from hospitium_common.parameters import Layout
 from hospitium_common.study.schema import DeepCnn, Mlp, Recurrent, SmallCnn
 
@@ -26,10 +27,16 @@ def build(study: Study) -> nn.Module:
     Inputs are float32: images ``[batch, channel, height, width]``; events
     ``[batch, time, feature]`` whose last feature is 1 for a real step and 0 for padding at the
     end; tables ``[batch, feature]``. The output is logits ``[batch, class]``.
+
+    Raises:
+        ConfigError: the weights that the study begins from are not on this machine.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(study.study.seed)
-        return _build(study)
+        model = _build(study)
+    if study.pretrained is not None:
+        load_pretrained(model, study.pretrained)
+    return model
 
 
 def _build(study: Study) -> nn.Module:
@@ -73,8 +80,9 @@ def is_norm_parameter(name: str, model: nn.Module) -> bool:
 
 
 def shared_layout(study: Study, model: nn.Module) -> Layout:
-    """Return the layout of the tensors that travel: all, or all but FedBN's local norms."""
-    tensors = tensors_of(model)
+    """Return the layout of the tensors that travel: all but frozen ones and FedBN's local norms."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = {name: tensor for name, tensor in tensors_of(model).items() if name in trained}
     if study.strategy.local_norms:
         tensors = {n: t for n, t in tensors.items() if not is_norm_parameter(n, model)}
     return Layout.of(tensors)

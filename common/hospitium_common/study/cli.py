@@ -37,6 +37,20 @@ def new(
 
 
 @app.command()
+def weights(file: Annotated[Path, typer.Argument(help="A safetensors file.")]) -> None:
+    """Put a weights file where studies that begin from it find it, and show what to write."""
+    from hospitium_common.models.pretrained import keep_weights
+
+    digest = keep_weights(file)
+    Console().print(
+        f'In the study file:\n\n\\[pretrained]\nsha256 = "{digest}"\n'
+        "frozen = []   # beginnings of names of parameters that are not trained\n\n"
+        "Every hospital puts the same file in place with this command.",
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def check(file: Annotated[Path, typer.Argument(help="The study file.")]) -> None:
     """Say in plain words what a study trains, what leaves a hospital and what is promised."""
     study = load_study(file)

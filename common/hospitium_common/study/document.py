@@ -15,6 +15,7 @@ from hospitium_common.study.sections import (
     EarlyStopping,
     Evaluation,
     Identity,
+    Pretrained,
     Privacy,
     Robustness,
     Section,
@@ -44,6 +45,7 @@ class Study(Section):
     robustness: Robustness = Robustness()
     evaluation: Evaluation = Evaluation()
     early_stopping: EarlyStopping | None = None
+    pretrained: Pretrained | None = None
 
     @model_validator(mode="before")
     @classmethod

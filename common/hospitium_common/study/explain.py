@@ -108,8 +108,16 @@ def _training(study: Study) -> str:
     return (
         f"A {study.model.name}, {study.rounds} rounds; in each, every hospital makes {length} in "
         f"batches of {batch} with {training.optimizer}; the coordinator then takes "
-        f"{STRATEGIES[study.strategy.name]}."
+        f"{STRATEGIES[study.strategy.name]}.{_beginning(study)}"
     )
+
+
+def _beginning(study: Study) -> str:
+    given = study.pretrained
+    if given is None:
+        return ""
+    frozen = f", of which {', '.join(given.frozen)} are not trained" if given.frozen else ""
+    return f" It begins from the weights file with SHA-256 {given.sha256}{frozen}."
 
 
 def _leaving(study: Study) -> str:

@@ -211,6 +211,17 @@ class Robustness(Section):
         return self
 
 
+class Pretrained(Section):
+    """``[pretrained]``: a local safetensors file that the first weights come from.
+
+    ``frozen`` holds beginnings of parameter names, such as ``"recurrent."``: those parameters stay
+    as they are in the file, are not trained and do not travel.
+    """
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    frozen: tuple[Name, ...] = ()
+
+
 class EarlyStopping(Section):
     """``[early_stopping]``: stop when the federated validation metric stands still."""
 
