@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hospitium_client.protection import masking
+from hospitium_client.protection.receipts import Receipt
 from hospitium_client.protection.site_state import SiteState
 from hospitium_common.codec import Reader, encode_parts
 from hospitium_common.messages import (
@@ -32,13 +33,19 @@ from hospitium_common.messages import (
     decode,
 )
 from hospitium_common.normalisation import Normalisation, ranges
+from hospitium_common.roster import Roster
 from hospitium_common.secagg.context import round_context
 from hospitium_common.secagg.hashing import Label, payload_digest, sign
 from hospitium_common.secagg.keys import SiteKeys
 from hospitium_common.secagg.policy import SecAggPolicy
 from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_common.study import load_study
-from hospitium_common.transcript import Transcript, audit, check_inclusion
+from hospitium_common.transcript import (
+    Transcript,
+    audit,
+    check_inclusion,
+    signature_faults,
+)
 from hospitium_server.unmasking import Unmasking, signed_task
 from hospitium_simulations.whole_round import enrol
 
@@ -186,8 +193,16 @@ class _Round:
 
     def use_transcript(self, given: Transcript) -> None:
         roster, masked = self.federation.roster, self.sent["mask"]
+        for _ in signature_faults(given, roster, POLICY):  # an audit lists them all
+            pass
         check_inclusion(given, roster, POLICY, 1, masked[1].digest)
         audit(given, roster, POLICY, masked.values())
+
+
+RECEIPT = Receipt(
+    site=2, round=32, attempt=1, roster=bytes(32), context=bytes(32), digest=bytes(64),
+    previous_result=bytes(64),
+)  # fmt: skip
 
 
 def _copied(run: Unmasking) -> Unmasking:
@@ -241,6 +256,8 @@ def specimens() -> list[Specimen]:
             name="Transcript", data=made.transcript.encode(), read=Transcript.decode,
             use=made.use_transcript,
         ),
+        Specimen(name="Roster", data=made.federation.roster.encode(), read=Roster.decode),
+        Specimen(name="Receipt", data=RECEIPT.encode(), read=Receipt.decode),
         Specimen(
             name="SiteState", data=made.at["mask"][1][1].encode(), read=SiteState.decode,
             is_same=lambda state, _: SiteState.decode(state.encode()) == state,
