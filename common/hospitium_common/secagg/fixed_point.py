@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def quantise(
     if quantiser.rotation:
         scaled = np.empty(len(values), real_type(policy.ring_bits))
         scaling.write(0, scaled)
-        _on_mixed(scaled, quantiser, rotate)
+        _on_mixed(scaled, quantiser, partial(rotate, threads=threads))
         scaling = _Scaling(scaled, (len(scaled),), (1.0,))
 
     def stretch(begin: int) -> int:

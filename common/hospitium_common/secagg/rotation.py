@@ -15,6 +15,7 @@ without compiled code of one's own.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -22,62 +23,81 @@ import numpy as np
 from hospitium_common.secagg.masks import keystream
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from numpy.typing import NDArray
 
     Reals = TypeVar("Reals", NDArray[np.float32], NDArray[np.float64])
 
 LARGEST_SIDE = 32
 """Side of the longest stretch. 1024 values mixed are as near to normal as 16384, and cheaper."""
-AT_ONCE = 1 << 20
+AT_ONCE = 1 << 16
 SEED_BYTES = 32
 
 
-def rotate(vector: Reals, seed: bytes) -> None:
+def rotate(vector: Reals, seed: bytes, threads: int = 1) -> None:
     """Rotate ``vector`` ``[size]`` in place; ``seed`` is 32 public bytes.
 
     **Guarantees:** lengths and inner products stay, up to floating-point rounding; on one machine
     the same vector and seed give the same bits at any time, since every sum is over one short row.
     """
-    side = _side(len(vector))
-    signs, hadamard = _signs(seed, side, vector.dtype), _hadamard(side, vector.dtype)
-    for begin, end in _stretches(len(vector), side):
-        squares = vector[begin:end].reshape(-1, side, side)
+    signs, hadamard = _matrices(seed, vector)
+
+    def mix(squares: NDArray[Any]) -> None:
         squares *= signs
         _mix(squares, hadamard)
 
+    whole, last = _stretches(vector, len(hadamard))
+    _each(mix, whole, threads)
+    _each(mix, last, threads)
 
-def rotate_back(vector: Reals, seed: bytes) -> None:
+
+def rotate_back(vector: Reals, seed: bytes, threads: int = 1) -> None:
     """Undo ``rotate`` in place, up to floating-point rounding."""
-    side = _side(len(vector))
-    signs, hadamard = _signs(seed, side, vector.dtype), _hadamard(side, vector.dtype)
-    for begin, end in reversed(_stretches(len(vector), side)):
-        squares = vector[begin:end].reshape(-1, side, side)
+    signs, hadamard = _matrices(seed, vector)
+
+    def unmix(squares: NDArray[Any]) -> None:
         _mix(squares, hadamard)
         squares *= signs
 
-
-def _side(size: int) -> int:
-    """Return 2^k, the side of the largest square that is not longer than the vector."""
-    side = LARGEST_SIDE
-    while side > 1 and side * side > size:
-        side //= 2
-    return side
+    whole, last = _stretches(vector, len(hadamard))
+    _each(unmix, last, threads)
+    _each(unmix, whole, threads)
 
 
-def _stretches(size: int, side: int) -> list[tuple[int, int]]:
-    """Return begin and end of whole numbers of squares that cover the vector, in order."""
+def _each(
+    step: Callable[[NDArray[Any]], None], stretches: Sequence[NDArray[Any]], threads: int
+) -> None:
+    if threads == 1 or len(stretches) < 2:
+        for stretch in stretches:
+            step(stretch)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(step, stretches))
+
+
+def _stretches(vector: NDArray[Any], side: int) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    """Return squares ``[count, side, side]`` that cover the vector: disjoint ones, and then one.
+
+    The last one ends with the vector; there is none where the others cover everything.
+    """
     length = side * side
-    whole = size - size % length
-    found = [(at, min(at + AT_ONCE, whole)) for at in range(0, whole, AT_ONCE)]
-    return found if whole == size else [*found, (size - length, size)]
+    whole = len(vector) - len(vector) % length
+    stretches = [vector[at : min(at + AT_ONCE, whole)] for at in range(0, whole, AT_ONCE)]
+    last = [] if whole == len(vector) else [vector[len(vector) - length :]]
+    return [one.reshape(-1, side, side) for one in stretches], [
+        one.reshape(-1, side, side) for one in last
+    ]
 
 
-def _signs(seed: bytes, side: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return random signs ``[side, side]``, the same for every square."""
+def _matrices(seed: bytes, vector: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return random signs ``[side, side]``, the same for every square, and H."""
+    side = LARGEST_SIDE
+    while side > 1 and side * side > len(vector):
+        side //= 2
     stream = np.frombuffer(keystream(seed, -(-side * side // 8)), np.uint8)
     bits = np.unpackbits(stream, count=side * side).reshape(side, side)
-    signs: NDArray[Any] = np.array([1, -1], dtype)[bits]
-    return signs
+    return np.array([1, -1], vector.dtype)[bits], _hadamard(side, vector.dtype)
 
 
 def _hadamard(side: int, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -89,6 +109,8 @@ def _hadamard(side: int, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _mix(squares: NDArray[Any], hadamard: NDArray[Any]) -> None:
-    """Replace each X of ``squares`` ``[count, side, side]`` by H X H."""
-    half = np.matmul(squares.reshape(-1, len(hadamard)), hadamard).reshape(squares.shape)
-    np.matmul(hadamard, half, out=squares)
+    """Replace each X of ``squares`` ``[count, side, side]`` by H X H.
+
+    As products of many small matrices, so that no library adds threads of its own.
+    """
+    np.matmul(hadamard, np.matmul(squares, hadamard), out=squares)

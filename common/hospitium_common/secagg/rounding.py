@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hospitium_common.secagg.policy import RingBits
 
-CHUNK = 1 << 15
+CHUNK = 1 << 16
 FINE = 1 << 16
 """Scaled values count in fractions of a step: 2^16 to a step."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,12 +82,18 @@ class PausedRound:
             self.run.on_ready(answer)
         self.requests = self.run.close_cohort()
 
-    def masked_upload(self, update: NDArray[np.float32]) -> bytes:
+    def masked_upload(
+        self, update: NDArray[np.float32], threads: int = 1, *, rotated: bool = False
+    ) -> bytes:
         """Site 1's whole step: encode, check the cohort, mask, digest, sign, and to bytes."""
-        words, _ = quantise(update, self.quantiser, self.policy, system_entropy("dither"))
+        quantiser = self.quantiser
+        if rotated:
+            quantiser = replace(quantiser, rotation=STUDY, mixed=(True,))
+        dither = system_entropy("dither")
+        words, _ = quantise(update, quantiser, self.policy, dither, threads=threads)
         _, answer = masking.mask(
             self.parties[1], self.states[1], self.policy, self.requests[1], words,
-            np.zeros(TAIL, np.uint64),
+            np.zeros(TAIL, np.uint64), threads=threads,
         )  # fmt: skip
         return answer.encode()
 
