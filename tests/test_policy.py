@@ -28,7 +28,7 @@ REFUSALS = {
     "no privacy": ('mode = "dp"', 'mode = "none"', "trains without it"),
     "records only": ('unit = "patient"', 'unit = "record"', "single records"),
     "a hospital would weigh too much": ("weight_cap = 10000", "weight_cap = 10001", "weight cap"),
-    "too many rounds": ("rounds = 20 ", "rounds = 201 ", "at most 200 rounds"),
+    "too many rounds": ("rounds = 40 ", "rounds = 201 ", "at most 200 rounds"),
 }
 
 

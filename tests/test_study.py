@@ -53,9 +53,9 @@ MISTAKES = {
     "a number out of range": Mistake(
         "epsilon = 8.0", "epsilon = -8.0", "privacy.epsilon = -8.0: input should be greater than 0"
     ),
-    "no rounds at all": Mistake("rounds = 20", "", "rounds: expected this key, it is missing"),
+    "no rounds at all": Mistake("rounds = 40", "", "rounds: expected this key, it is missing"),
     "two lengths of training": Mistake(
-        "local_epochs = 1 ",
+        "local_steps = 4 ",
         "local_epochs = 1\nlocal_steps = 3 ",
         "training: expected exactly one of local_epochs and local_steps",
     ),
@@ -69,7 +69,7 @@ MISTAKES = {
         "maximum_sites = 16", "maximum_sites = 4", "cohort: expected minimum_sites ≤ maximum_sites"
     ),
     "fedprox without its pull": Mistake(
-        'name = "fedavg"', 'name = "fedprox"', "strategy: expected proximal_mu > 0"
+        'name = "fedavgm"', 'name = "fedprox"', "strategy: expected proximal_mu > 0"
     ),
     "one class only": Mistake(
         '["normal", "pneumonia"]', '["normal"]', "task: expected at least two exclusive classes"
@@ -83,7 +83,7 @@ def test_a_mistake_is_named_with_its_key_and_what_was_expected(case):
     mistake = MISTAKES[case]
     text = edited(mistake.old, mistake.new)
     if case == "a model for other data":
-        text = text.replace("width = 32\n", "")
+        text = text.replace("width = 16 ", "hidden = 16 ")
     with pytest.raises(ConfigError) as caught:
         parse_study(text, name="films.toml")
     assert str(caught.value).startswith("films.toml: ")
@@ -110,10 +110,26 @@ def test_without_privacy_the_promise_says_so():
 
 def test_steps_follow_from_epochs_and_learning_rate_from_the_schedule():
     study = parse_study(template())
-    assert study.steps_per_round(640) == 10
-    assert study.steps_per_round(641) == 11
-    assert study.learning_rate(1) == pytest.approx(0.05)
-    assert study.learning_rate(11) == pytest.approx(0.025)
+    assert study.steps_per_round(640) == 4
+    assert study.learning_rate(1) == pytest.approx(1.0)
+    assert study.learning_rate(21) == pytest.approx(0.5)
+    study = parse_study(edited("local_steps = 4 ", "local_epochs = 1 "))
+    assert study.steps_per_round(5120) == 10
+    assert study.steps_per_round(5121) == 11
+    assert study.sampling_rate(5120) == 0.1
+    assert study.sampling_rate(500) == 1.0
+
+
+def test_a_sampling_rate_takes_the_place_of_the_batch_size():
+    text = edited("local_steps = 4 ", "local_epochs = 2 ").replace(
+        "# sampling_rate", "sampling_rate"
+    )
+    study = parse_study(text)
+    assert study.sampling_rate(17) == study.sampling_rate(17_000) == 0.1
+    assert study.steps_per_round(17) == 20
+    without = text.replace('mode = "dp"', 'mode = "none"').replace("epsilon = 8.0", "")
+    with pytest.raises(ConfigError, match="sampling_rate"):
+        parse_study(without)
 
 
 def test_new_writes_a_study_that_check_explains_and_never_overwrites(tmp_path):
