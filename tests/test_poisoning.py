@@ -10,12 +10,13 @@ import pytest
 
 from hospitium_client.work import SiteWork, shortened
 from hospitium_common.archive import RoundArchive
-from hospitium_common.errors import HospitiumError, StudyHalted
+from hospitium_common.errors import ConfigError, HospitiumError, StudyHalted
 from hospitium_common.messages import Task, decode
 from hospitium_server.registry import Registry
 from hospitium_simulations import in_memory
 from hospitium_simulations.faults import Fault
 from hospitium_simulations.federation import SimulationOptions, simulate
+from hospitium_simulations.poison import Poison
 from tests.federation_kit import Notes, hospitals, study_of
 
 MASKED, PLAIN = SimulationOptions(), SimulationOptions(masked=False)
@@ -68,13 +69,21 @@ def withdrawn(outcome):
     return [made.round for made, _ in outcome.history if made.withdrawn]
 
 
+def test_a_poison_is_written_as_site_factor_and_round():
+    assert Poison.parse("1:-20") == Poison(site=1, factor=-20.0)
+    assert Poison.parse("2:1e2:3") == Poison(site=2, factor=100.0, round=3)
+    for wrong in ("1", "a:2", "1:b", "1:2:3:4", "1:2:c"):
+        with pytest.raises(ConfigError, match=r"SITE:FACTOR\[:ROUND\]"):
+            Poison.parse(wrong)
+
+
 @pytest.mark.parametrize("how", ["median", "trimmed_mean"])
-def test_a_flipped_update_ruins_the_mean_and_not_the_median_of_groups(tmp_path, poisoning, how):
+def test_a_flipped_update_ruins_the_mean_and_not_the_median_of_groups(tmp_path, how):
     clean = run(study_of(rounds=8, cohort=ROOM), tmp_path / "clean")
-    poisoning(scaled(-20))
-    mean = run(study_of(rounds=8, cohort=ROOM), tmp_path / "mean")
+    poisoned = SimulationOptions(masked=False, poisons=(Poison.parse("1:-20"),))
+    mean = run(study_of(rounds=8, cohort=ROOM), tmp_path / "mean", poisoned)
     grouped = study_of(rounds=8, cohort=ROOM, robustness={"groups": 3, "combine": how})
-    robust = run(grouped, tmp_path / "groups")
+    robust = run(grouped, tmp_path / "groups", poisoned)
     assert clean.result.test.auroc > 0.85
     assert mean.result.test.auroc < 0.65
     assert robust.result.test.auroc > clean.result.test.auroc - 0.06

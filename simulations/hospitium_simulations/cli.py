@@ -22,6 +22,7 @@ from hospitium_simulations.faults import Fault
 from hospitium_simulations.federation import SimulationOptions
 from hospitium_simulations.federation import simulate as run_simulation
 from hospitium_simulations.partition import Partition, cut
+from hospitium_simulations.poison import Poison
 from hospitium_simulations.progress import Progress
 from hospitium_simulations.synthetic_ehr import write_stays
 from hospitium_simulations.synthetic_imaging import write_films
@@ -63,6 +64,14 @@ def simulate(
         list[str] | None,
         typer.Option(help="KIND:SITE:MESSAGE[:ROUND], e.g. drop:2:masked:3. May be repeated."),
     ] = None,
+    poison: Annotated[
+        list[str] | None,
+        typer.Option(help="SITE:FACTOR[:ROUND]: a site that multiplies its update, e.g. 1:-20."),
+    ] = None,
+    keep_masked: Annotated[
+        bool,
+        typer.Option("--keep-masked", help="Keep masked vectors, for `hospitium audit-round`."),
+    ] = False,
     no_masking: Annotated[
         bool, typer.Option("--no-masking", help="Leave out secure aggregation, to compare.")
     ] = False,
@@ -72,7 +81,10 @@ def simulate(
     An interrupted run goes on where it stopped when the same command is given again.
     """
     options = SimulationOptions(
-        masked=not no_masking, faults=tuple(Fault.parse(text) for text in fault or ())
+        masked=not no_masking,
+        keep_masked=keep_masked,
+        faults=tuple(Fault.parse(text) for text in fault or ()),
+        poisons=tuple(Poison.parse(text) for text in poison or ()),
     )
     cutting = Partition.parse(partition)
     document = _changed(load_study(study), seed, epsilon)
@@ -126,6 +138,8 @@ def run(
         "study": study.digest.hex(), "partition": str(partition), "sites": sites,
         "masked": options.masked,
     }  # fmt: skip
+    if options.poisons:
+        settings["poisons"] = [str(poison) for poison in options.poisons]
     resumes = _take_directory(directory, settings)
     console.rule(f"[bold]{study.study.title}")
     console.print(promise(study), style="italic")

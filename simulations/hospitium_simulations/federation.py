@@ -28,6 +28,7 @@ from hospitium_simulations.baselines import baselines
 from hospitium_simulations.faults import Fault, FaultyTransport
 from hospitium_simulations.in_memory import InMemoryTransport
 from hospitium_simulations.plain_sum import PlainSum
+from hospitium_simulations.poison import Poison, PoisonedWork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -53,11 +54,13 @@ class SimulationOptions:
     """``masked = False`` leaves out secure aggregation, to see what it costs and changes.
 
     ``keep_masked`` keeps the masked vectors beside the transcripts, for `hospitium audit-round`.
+    ``poisons`` lets sites do harm.
     """
 
     masked: bool = True
     keep_masked: bool = False
     faults: tuple[Fault, ...] = ()
+    poisons: tuple[Poison, ...] = ()
 
 
 def simulate(
@@ -97,7 +100,7 @@ def simulate(
     for index, (name, records) in enumerate(hospitals.items(), start=1):
         home = directory / "sites" / name
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        works[index] = SiteWork(study, records, home, on_step=on_step)
+        works[index] = _work(study, records, home, index, options, on_step)
         entropies[index] = seeded_entropy(f"simulation/{study.study.seed}/{index}".encode())
     registry = Registry(directory / "coordinator", study.digest, layout.digest)
     ledgers: dict[int, Ledger] = {}
@@ -135,6 +138,18 @@ def simulate(
         for ledger in ledgers.values():
             ledger.close()
         registry.close()
+
+
+def _work(
+    study: Study, records: Records, home: Path, index: int, options: SimulationOptions,
+    on_step: Callable[[], None] | None,
+) -> SiteWork:  # fmt: skip
+    poisons = [poison for poison in options.poisons if poison.site == index]
+    if not poisons:
+        return SiteWork(study, records, home, on_step=on_step)
+    work = PoisonedWork(study, records, home, on_step=on_step)
+    work.poisons = poisons
+    return work
 
 
 def _at_one_site(study: Study, work: SiteWork, version: Version) -> Figures:
