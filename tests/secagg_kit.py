@@ -17,6 +17,7 @@ from hospitium_simulations.whole_round import enrol
 
 STUDY = bytes(range(32))
 QUANTISER = Quantiser(lengths=(40, 7), bounds=(0.05, 0.5))
+ROTATED = Quantiser(lengths=(40, 7), bounds=(0.05, 0.5), rotation=bytes(32), mixed=(True, False))
 
 
 def policy_of(bits: RingBits = 16, tail: int = 3, minimum: int = 3, largest: int = 12):

@@ -21,16 +21,16 @@ from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_common.transcript import Transcript, audit, check_inclusion
 from hospitium_server.unmasking import Unmasking, signed_task
 from hospitium_simulations.whole_round import FinishedRound, Silence, enrol, pair, run_round
-from tests.secagg_kit import QUANTISER, STUDY, policy_of, tails_for, updates_for
+from tests.secagg_kit import QUANTISER, ROTATED, STUDY, policy_of, tails_for, updates_for
 
 FULL = os.environ.get("HOSPITIUM_HYPOTHESIS") == "full"
 
 
-def integer_sum(updates, survivors, policy, round_number, entropy):
+def integer_sum(updates, survivors, policy, round_number, entropy, quantiser):
     """What the ring elements of the survivors add up to, masks left out."""
     total = 0
     for i in survivors:
-        words, _ = quantise(updates[i], QUANTISER, policy, entropy(f"dither/{round_number}/{i}"))
+        words, _ = quantise(updates[i], quantiser, policy, entropy(f"dither/{round_number}/{i}"))
         total = total + words.astype(np.int64)
     modulus = 1 << policy.ring_bits
     return (total % modulus).astype(np.uint16 if policy.ring_bits == 16 else np.uint32)
@@ -53,8 +53,9 @@ def what_is_missing(policy, sites, cohort, survivors, confirmed, shares):
 class Disorder:
     """A network that loses, reorders and repeats messages, and a site that hears things twice."""
 
-    def __init__(self, federation, policy, chance):
+    def __init__(self, federation, policy, chance, quantiser):
         self.federation, self.policy, self.chance = federation, policy, chance
+        self.quantiser = quantiser
         self.states = federation.states
 
     def at_sites(self, requests, step, early=()):
@@ -96,7 +97,7 @@ class Disorder:
         task = signed_task(
             federation.coordinator, federation.roster, policy, purpose=Purpose.TRAIN,
             round_number=number, attempt=1, invited=sorted(updates), previous_result=bytes(64),
-            quantiser=QUANTISER, model=b"", public=b"",
+            quantiser=self.quantiser, model=b"", public=b"",
         )  # fmt: skip
         coordinator = Unmasking(roster=federation.roster, policy=policy, task=task)
 
@@ -104,9 +105,8 @@ class Disorder:
             return ready(party, state, policy, request, entropy)
 
         def make_mask(party, state, request):
-            words, _ = quantise(
-                updates[party.index], QUANTISER, policy, entropy(f"dither/{number}/{party.index}")
-            )
+            dither = entropy(f"dither/{number}/{party.index}")
+            words, _ = quantise(updates[party.index], self.quantiser, policy, dither)
             return mask(party, state, policy, request, words, tails[party.index])
 
         def make_ack(party, state, request):
@@ -147,6 +147,7 @@ def test_every_round_gives_the_exact_sum_over_its_survivors_or_reveals_nothing(d
     count = data.draw(st.integers(3, 9), "sites")
     indices = sorted(data.draw(st.sets(st.integers(1, 255), min_size=count, max_size=count)))
     bits = data.draw(st.sampled_from([16, 24, 32]), "ring bits")
+    quantiser = data.draw(st.sampled_from([QUANTISER, ROTATED]), "quantiser")
     minimum = data.draw(st.integers(3, count), "minimum cohort")
     most = data.draw(st.sampled_from([0, 1, count // 2]), "most lost at a stage")
     lost = {
@@ -168,11 +169,11 @@ def test_every_round_gives_the_exact_sum_over_its_survivors_or_reveals_nothing(d
     try:
         if in_order:
             done = run_round(
-                federation, policy, QUANTISER, updates, tails_for(indices), round_number=number,
+                federation, policy, quantiser, updates, tails_for(indices), round_number=number,
                 silence=Silence(**lost),
             )  # fmt: skip
         else:
-            disorder = Disorder(federation, policy, chance)
+            disorder = Disorder(federation, policy, chance, quantiser)
             done = disorder.run(updates, tails_for(indices), number, lost)
     except PeerProtocolError as error:
         assert missing is not None
@@ -181,8 +182,8 @@ def test_every_round_gives_the_exact_sum_over_its_survivors_or_reveals_nothing(d
         return
     assert missing is None
     assert set(done.total.survivors) == survivors
-    expected = integer_sum(updates, survivors, policy, number, entropy)
-    np.testing.assert_array_equal(done.total.vector, sum_to_reals(expected, QUANTISER, policy))
+    expected = integer_sum(updates, survivors, policy, number, entropy, quantiser)
+    np.testing.assert_array_equal(done.total.vector, sum_to_reals(expected, quantiser, policy))
     assert done.total.tail.tolist() == [
         sum(survivors), (2**64 - sum(survivors)) % 2**64, 5 * len(survivors),
     ]  # fmt: skip

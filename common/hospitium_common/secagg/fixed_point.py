@@ -108,14 +108,14 @@ class _Scaling:
         """Write scaled values from ``begin`` on into ``out``, whose length says how many."""
         end = begin + len(out)
         tensor, at = int(np.searchsorted(self._ends, begin, side="right")), begin
-        while at < end:
-            upto = min(end, int(self._ends[tensor]))
-            part, factor = self._values[at:upto], self._factors[tensor]
-            # A tensor that hardly moved has a factor for which float32 is too narrow.
-            exact = np.float64 if factor > 1e30 else out.dtype
-            np.multiply(part, factor, out=out[at - begin : upto - begin], dtype=exact,
-                        casting="unsafe")  # fmt: skip
-            tensor, at = tensor + 1, upto
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # what overflows is not rounded but refused
+            while at < end:
+                upto = min(end, int(self._ends[tensor]))
+                factor = out.dtype.type(self._factors[tensor])
+                np.multiply(self._values[at:upto], factor, out=out[at - begin : upto - begin])
+                tensor, at = tensor + 1, upto
 
 
 def _on_mixed(
