@@ -17,7 +17,7 @@ from flwr.common.constant import (
     SUPERLINK_NODE_ID,
     SubStatus,
 )
-from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_children_ids_from_object_content,
@@ -93,9 +93,17 @@ class Coordinator:
     def revoke(self, node_id):
         self.state.delete_node(NOOP_FLWR_AID, node_id)
 
-    def begin_run(self):
+    def is_online(self, node_id):
+        found = self.state.get_node_info(node_ids=[node_id])
+        return bool(found) and found[0].status == NodeStatus.ONLINE
+
+    def begin_run(self, fab=None):
+        """Begin a run; with a FAB for stock nodes, which fetch one."""
+        named = (None, None, None)
+        if fab is not None:
+            named = ("hospitium/hospitium-run", "1.0.0", self.state.store_fab(fab))
         run = self.state.create_run(
-            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+            *named, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
         )
         task = self.state.get_run_info(run_ids=[run])[0].primary_task_id
         assert self.state.claim_task(task)
