@@ -4,6 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.networks.nets.densenet import DenseNet
+from monai.networks.nets.resnet import ResNet
+from monai.networks.nets.unet import UNet
 from torch import nn
 from torch.nn import functional
 
@@ -80,22 +83,47 @@ def test_linear_layers_with_and_without_positions(batch, positions, wide, tall, 
     assert_exact(nn.Linear(wide, tall, bias=bias), torch.randn(shape))
 
 
-@FEW
+CONVOLUTIONS = {
+    False: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    True: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+}
+
+
+@settings(FEW, max_examples=80)
 @given(
-    batch=st.integers(1, 3), channels=st.sampled_from([1, 3, 6, 12]), out=st.sampled_from([2, 12]),
-    kernel=st.sampled_from([(1, 1), (3, 3), (3, 2), (5, 1)]), stride=st.integers(1, 2),
-    padding=st.integers(0, 2), dilation=st.integers(1, 2), size=st.sampled_from([(9, 9), (10, 11)]),
-    bias=st.booleans(), grouped=st.booleans(),
+    dimensions=st.integers(1, 3), transposed=st.booleans(), batch=st.integers(1, 3),
+    narrow=st.integers(1, 3), rows=st.integers(1, 3), groups=st.integers(1, 3),
+    options=st.fixed_dictionaries({
+        "kernel_size": st.integers(1, 3), "stride": st.integers(1, 3),
+        "padding": st.integers(0, 2), "dilation": st.integers(1, 2), "bias": st.booleans(),
+    }),
+    mode=st.sampled_from(["zeros", "zeros", "same", "reflect", "replicate", "circular"]),
+    longer=st.integers(0, 2),
 )  # fmt: skip
 def test_convolutions_of_every_kind(
-    batch, channels, out, kernel, stride, padding, dilation, size, bias, grouped
+    dimensions, transposed, batch, narrow, rows, groups, options, mode, longer
 ):
-    groups = 2 if grouped and channels % 2 == 0 else 1
-    layer = nn.Conv2d(
-        channels, out, kernel, stride=stride, padding=padding, dilation=dilation, bias=bias,
-        groups=groups,
-    )  # fmt: skip
-    assert_exact(layer, torch.randn(batch, channels, *size))
+    if mode == "same" and not transposed:
+        options = options | {"padding": "same", "stride": 1}
+    elif mode != "zeros" and not transposed:
+        options = options | {"padding_mode": mode}
+    layer = CONVOLUTIONS[transposed][dimensions - 1](
+        narrow * groups, rows * groups, groups=groups, **options
+    )
+    size = [5 + longer, 6, 5][:dimensions]
+    assert_exact(nn.Sequential(layer, nn.Tanh()), torch.randn(batch, narrow * groups, *size))
+
+
+@FEW
+@given(
+    channels=st.sampled_from([1, 3, 6, 12]), out=st.sampled_from([2, 12]),
+    kernel=st.sampled_from([(1, 1), (3, 3), (3, 2), (5, 1)]), stride=st.integers(1, 2),
+    padding=st.integers(0, 2), dilation=st.integers(1, 2), size=st.sampled_from([(9, 9), (10, 11)]),
+)  # fmt: skip
+def test_image_convolutions_of_every_width(channels, out, kernel, stride, padding, dilation, size):
+    first = nn.Conv2d(2, channels, 1)
+    second = nn.Conv2d(channels, out, kernel, stride=stride, padding=padding, dilation=dilation)
+    assert_exact(nn.Sequential(first, nn.Tanh(), second), torch.randn(2, 2, *size))
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -112,11 +140,12 @@ def test_convolutions_with_more_channels_than_pixels(size, stride, dilation, pad
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
-        (nn.Conv1d(3, 4, 3, stride=2), (3, 3, 9)),
-        (nn.Conv3d(2, 3, 2, groups=1), (3, 2, 4, 4, 4)),
-        (nn.ConvTranspose2d(3, 2, 2, stride=2), (3, 3, 4, 4)),
+        (nn.ConvTranspose2d(3, 2, 3, stride=2, output_padding=1), (3, 3, 4, 4)),
         (nn.Conv2d(3, 4, 3, padding="same", padding_mode="reflect"), (3, 3, 6, 6)),
+        (nn.Conv3d(24, 20, 3, padding=1), (2, 24, 2, 2, 2)),
         (nn.GroupNorm(2, 6), (3, 6, 5, 4)),
+        (nn.GroupNorm(2, 16), (3, 16, 5, 4)),
+        (nn.GroupNorm(2, 6), (3, 6, 3, 2, 2)),
         (nn.GroupNorm(3, 6), (3, 6)),
         (nn.LayerNorm([5, 4]), (3, 6, 5, 4)),
         (nn.LayerNorm(4), (3, 4)),
@@ -206,7 +235,7 @@ def test_shuffled_lengths_give_every_patient_the_same_gradient(case):
 @pytest.mark.parametrize("case", list(CASES))
 def test_every_model_of_the_house(case):
     study = study_for(case)
-    assert_exact(build(study).eval(), inputs_for(study, 3))
+    assert_exact(build(study).eval(), inputs_for(study, 2))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "resnet" not in c])
@@ -219,12 +248,50 @@ def test_opacus_finds_the_same_clipped_sums(case):
     assert_exact(model, inputs_for(study, 4), OpacusHooks(model).contributions)
 
 
-def test_a_u_net_from_monai_trains_privately():
-    from monai.networks.nets import UNet
+@pytest.mark.parametrize("size", [(5, 4), (5, 4, 3), (40, 30)])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_group_norm_gives_what_the_layer_gives(size, groups):
+    model = nn.Sequential(nn.GroupNorm(groups, 8))
+    with torch.no_grad():
+        model[0].weight.uniform_(0.5, 2.0)
+        model[0].bias.normal_()
+    inputs, seen = torch.randn(3, 8, *size) * 2 + 3, []
+    contributions(model, inputs, lambda out: seen.append(out) or squares(out))
+    torch.testing.assert_close(seen[0], model(inputs), rtol=1e-4, atol=1e-4)
 
-    model = UNet(2, 1, 2, channels=(4, 8, 8), strides=(2, 2), norm=("group", {"num_groups": 2}))
+
+def u_net(dimensions):
+    return UNet(
+        dimensions, 1, 2, channels=(4, 8, 8), strides=(2, 2), num_res_units=1,
+        norm=("group", {"num_groups": 2}),
+    )  # fmt: skip
+
+
+def dense_net(dimensions):
+    return DenseNet(
+        dimensions, 1, 2, init_features=8, growth_rate=4, block_config=(2, 2), bn_size=2,
+        norm=("group", {"num_groups": 4}), act=("relu", {"inplace": True}),
+    )  # fmt: skip
+
+
+def res_net(dimensions):
+    network = ResNet(
+        "bottleneck", [1, 1, 1, 1], [4, 4, 8, 8], spatial_dims=dimensions, n_input_channels=1,
+        num_classes=2, conv1_t_size=3, conv1_t_stride=1,
+    )  # fmt: skip
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            owner, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(owner), attribute, nn.GroupNorm(2, layer.num_features))
+    return network
+
+
+@pytest.mark.parametrize("network", [u_net, dense_net, res_net])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_networks_from_monai_train_privately(network, dimensions):
+    model, side = network(dimensions), 16 if dimensions == 2 else 8
     check_layers(model)
-    assert_exact(model, torch.randn(2, 1, 16, 16))
+    assert_exact(model, torch.randn(2, 1, *[side] * dimensions))
 
 
 def test_frozen_parameters_are_left_out():

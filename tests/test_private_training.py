@@ -78,6 +78,29 @@ def test_the_optimizer_gets_the_mean_of_the_patients_clipped_gradients(engine, p
     assert totals.events == (PLAN.event,)
 
 
+@pytest.mark.parametrize("engine", ["fast", "opacus"])
+def test_a_step_interrupted_between_its_parts_leaves_nothing_behind(engine):
+    private, model, calls = plan(engine=engine, physical_batch=3), network(), []
+
+    def stopping(logits, targets):
+        calls.append(len(targets))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return losses(logits, targets)
+
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(KeyboardInterrupt):
+        train_privately(
+            model, patients(), per_sample_loss=stopping, plan=private,
+            optimizer=torch.optim.SGD(model.parameters(), lr=1.0), entropy=seeded_entropy(b"e"),
+        )  # fmt: skip
+    assert calls == [3, 3]
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    again, untouched = (moved(patients(), private, model=m)[0] for m in (model, network()))
+    assert torch.equal(again, untouched)
+
+
 @pytest.mark.parametrize("patient", range(6))
 def test_adding_or_removing_one_patient_moves_the_sum_by_at_most_the_clip_norm(patient):
     everyone, _ = moved(patients(), PLAN)

@@ -41,6 +41,12 @@ class Samples:
         """How many patients the records belong to."""
         return int(self.patients.max()) + 1 if len(self) else 0
 
+    def to(self, device: torch.device) -> Samples:
+        """Return the records on a device; who they belong to stays where sampling needs it."""
+        return Samples(
+            inputs=self.inputs.to(device), targets=self.targets.to(device), patients=self.patients
+        )
+
     def take(self, index: Tensor) -> Samples:
         """Return the records at ``index``, patients renumbered without gaps."""
         _, patients = torch.unique(self.patients[index], return_inverse=True)

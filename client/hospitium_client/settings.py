@@ -25,6 +25,9 @@ default = ""                        # the folder with this hospital's records, e
 
 [data.studies]                      # for a study that reads another folder: its id = "folder"
 
+[compute]
+device = "cpu"                      # where models train: "cpu", "cuda" or "cuda:NUMBER"
+
 [keys]
 passphrase_file = ""                # mode 0600; empty: no passphrase, the environment variable
                                     # HOSPITIUM_SITE_PASSPHRASE, or asked for at the start
@@ -62,6 +65,12 @@ class Data(_Section):
     studies: dict[str, str] = Field(default_factory=dict)
 
 
+class Compute(_Section):
+    """``[compute]``: what trains the models, by torch's name for it."""
+
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")
+
+
 class Keys(_Section):
     """``[keys]``: how the keys are unlocked."""
 
@@ -88,6 +97,7 @@ class SiteSettings(_Section):
     title: str = Field(min_length=1, max_length=200)
     coordinator: CoordinatorAddress = CoordinatorAddress()
     data: Data = Data()
+    compute: Compute = Compute()
     keys: Keys = Keys()
     polling: Polling = Polling()
 

@@ -23,6 +23,7 @@ from hospitium_client.joining import Site, open_site
 from hospitium_client.protection.ledger import Ledger
 from hospitium_client.session import Session
 from hospitium_client.studies import StoredStudy, open_study, receive
+from hospitium_client.training.device import device_named
 from hospitium_client.work import SiteWork
 from hospitium_common.entropy import system_entropy
 from hospitium_common.envelope import Answer, Request, open_request, seal_answer
@@ -194,6 +195,7 @@ class Trainer:
                     SiteWork(
                         stored.study, records, stored.folder,
                         smallest_count=policy.smallest_count,
+                        device=device_named(self._home.settings().compute.device),
                     )
                 )  # fmt: skip
             return work[0]

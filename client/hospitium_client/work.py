@@ -15,6 +15,7 @@ import safetensors.numpy
 from hospitium_client.data.prepare import feature_sums, prepare
 from hospitium_client.data.split import Split, split
 from hospitium_client.training.accounting import calibrate_noise, check_delta, default_delta
+from hospitium_client.training.device import PROCESSOR
 from hospitium_client.training.evaluate import evaluate
 from hospitium_client.training.local import (
     private_plan,
@@ -22,6 +23,7 @@ from hospitium_client.training.local import (
     train_with_privacy,
     train_without_privacy,
 )
+from hospitium_client.training.update_noise import update_noise
 from hospitium_common.durable import write_durably
 from hospitium_common.errors import DataRejected, PeerProtocolError
 from hospitium_common.metrics import EvaluationTotals, StatisticsSums, TailLayout, TrainingSums
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    import torch
     from numpy.typing import NDArray
 
     from hospitium_client.data.records import Records
@@ -81,10 +84,12 @@ class SiteWork:
         *,
         smallest_count: int = 0,
         on_step: Callable[[], None] | None = None,
+        device: torch.device = PROCESSOR,
     ) -> None:
         self._study, self._records, self.home = study, records, home
         self._smallest_count, self._on_step = smallest_count, on_step
-        self._model = build(study)
+        self._device = device
+        self._model = build(study).to(device)
         self.layout = shared_layout(study, self._model)
         self.tail_layout = TailLayout.of(study, self.layout)
         self._samples: tuple[bytes, Samples, Samples, Samples] | None = None
@@ -145,11 +150,14 @@ class SiteWork:
         train, validation, _ = self._prepared(normalisation)
         self._load(parameters)
         seen = evaluate(self._model, validation, study, self._smallest_count)
+        noise = 0.0
         if study.is_private:
+            plan = self.plan(normalisation)
+            if not study.noise_is_distributed:
+                noise = update_noise(study, plan, training_round, protected_units(study, train))
             totals = train_with_privacy(
-                self._model, train, study, training_round,
-                plan=self.plan(normalisation), home=self.home, entropy=entropy,
-                on_step=self._on_step,
+                self._model, train, study, training_round, plan=plan, home=self.home,
+                entropy=entropy, on_step=self._on_step,
             )  # fmt: skip
         else:
             totals = train_without_privacy(
@@ -161,6 +169,8 @@ class SiteWork:
         moved = self.layout.flatten({name: after[name] for name in self.layout.names})
         weight = self._weight(train)
         update, was_longer = shortened(moved - parameters, study.robustness.update_norm)
+        if was_longer:
+            noise *= (np.linalg.norm(update) / np.linalg.norm(moved - parameters)) ** 2
         scaled = (update * (weight / study.cohort.weight_cap)).astype(np.float32)
         ends = np.cumsum(self.layout.lengths)[:-1]
         sums = TrainingSums(
@@ -176,6 +186,7 @@ class SiteWork:
                 for piece in np.split(scaled, ends)
             ),
             validation=seen,
+            noise_square=noise * len(scaled) * (weight / study.cohort.weight_cap) ** 2,
         )
         return Contribution(vector=scaled, tail=self.tail_layout.pack(sums))
 
@@ -238,7 +249,8 @@ class SiteWork:
             figures = Normalisation.decode(normalisation, self._study)
             parts = (self._split.train, self._split.validation, self._split.test)
             train, validation, test = (
-                prepare(self._records.take(part), figures, self._study) for part in parts
+                prepare(self._records.take(part), figures, self._study).to(self._device)
+                for part in parts
             )
             self._samples = normalisation, train, validation, test
         return self._samples[1:]

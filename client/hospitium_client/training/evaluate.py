@@ -33,13 +33,14 @@ def evaluate(
     """Evaluate on ``samples``; fewer than ``smallest_count`` records say nothing at all."""
     if len(samples) == 0 or len(samples) < smallest_count:
         return EvaluationSums.nothing(study)
-    logits = scores(model, samples)
-    losses = per_sample_loss(study)(logits, samples.targets)
+    logits = scores(model, samples).cpu()
+    targets = samples.targets.cpu()
+    losses = per_sample_loss(study)(logits, targets)
     exclusive = study.task.labels == "exclusive"
     probabilities = logits.double().softmax(dim=1) if exclusive else logits.double().sigmoid()
     return evaluation_sums(
         np.nan_to_num(probabilities.numpy(), nan=0.5),
-        samples.targets.numpy(),
+        targets.numpy(),
         np.nan_to_num(losses.double().numpy(), nan=1e6, posinf=1e6),
         study,
     )

@@ -78,7 +78,7 @@ def train_with_privacy(
     norms = ClipNorms(home)
     if plan.clip_quantile is not None:
         plan = replace(plan, clip_norm=norms.before(training_round, plan.clip_norm))
-    with _dropout_from(entropy("training/dropout")):
+    with _dropout_from(entropy("training/dropout"), samples.inputs.device):
         totals = train_privately(
             model,
             samples,
@@ -116,7 +116,7 @@ def train_without_privacy(
     steps = study.steps_per_round(len(samples))
     loss_sum, seen = 0.0, 0
     model.train()
-    with _dropout_from(entropy("training/dropout")):
+    with _dropout_from(entropy("training/dropout"), samples.inputs.device):
         for index in _batches(len(samples), study.training.batch_size, steps, generator):
             inputs = samples.inputs[index]
             if augment is not None:
@@ -164,8 +164,8 @@ def _seed(entropy: bytes) -> int:
 
 
 @contextmanager
-def _dropout_from(entropy: bytes) -> Iterator[None]:
-    """Draw dropout from these bytes and leave the process's global generator as it was."""
-    with torch.random.fork_rng(devices=[]):
+def _dropout_from(entropy: bytes, device: torch.device) -> Iterator[None]:
+    """Draw dropout from these bytes and leave the process's global generators as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_seed(entropy))
         yield

@@ -112,6 +112,8 @@ def train_privately(
 ) -> StepTotals:
     """Train the model in place for ``plan.steps`` steps.
 
+    Model and samples are on one device, where everything but the coins and the noise is computed.
+
     The gradient of a step is (clipped sum + noise) / (expected number of units). A step that
     drew nobody still adds noise and still counts. ``proximal`` pulls towards public weights
     after the noise, so it costs nothing.
@@ -138,6 +140,7 @@ def train_privately(
     units = samples.patient_count if plan.unit == "patient" else len(samples)
     expected = plan.sample_rate * units
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sizes, device = [parameter.numel() for parameter in trained], samples.inputs.device
     names = {id(p): name for name, p in model.named_parameters()}
     clipping = clip_norm_of(plan, expected)
     loss_sum, seen, records, dropped = 0.0, 0, 0, 0
@@ -149,8 +152,8 @@ def train_privately(
             inputs, targets, part = _views(samples, part, plan, augment, generator)
             found, losses = gradients_of(model, inputs, _against(targets, per_sample_loss))
             clipped = clipped_sum(
-                found, unit_of=part.unit_of, units=part.units, weights=part.weights,
-                clip_norm=clipping.value,
+                found, unit_of=part.unit_of.to(device), units=part.units,
+                weights=part.weights.to(device), clip_norm=clipping.value,
             )  # fmt: skip
             clipping.see(clipped.norms)
             for parameter, gradient in clipped.gradients:
@@ -159,9 +162,9 @@ def train_privately(
             loss_sum += float(torch.nan_to_num(losses, posinf=0.0, neginf=0.0).sum())
             records += len(losses)
         seen += drawn.units
-        for parameter in trained:
-            spread = noise.normal(parameter.shape, clipping.noise)
-            gradient = (total[id(parameter)] + spread.to(parameter.device)) / clipping.divisor
+        spread = noise.normal((sum(sizes),), clipping.noise).to(device)
+        for parameter, own in zip(trained, torch.split(spread, sizes), strict=True):
+            gradient = (total[id(parameter)] + own.view_as(parameter)) / clipping.divisor
             if proximal is not None:
                 pull = parameter.detach() - proximal[1][names[id(parameter)]]
                 gradient = gradient + proximal[0] * pull

@@ -139,8 +139,8 @@ class PixelGrams:
         self.inputs, self.grads = without(self.inputs, bad), without(self.grads, bad)
 
 
-def is_narrow(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution for `recorded_convolution`."""
+def is_narrow(layer: nn.Conv2d) -> bool:
+    """Whether `recorded_convolution` can take a layer's place."""
     return (
         type(layer) is nn.Conv2d
         and layer.groups == 1
@@ -160,20 +160,21 @@ def recorded_convolution(layer: nn.Conv2d, inputs: Tensor, recording: Recording)
     return out
 
 
+def _around(layer: nn.Conv2d) -> tuple[int, int]:
+    """How many zeros above and left of the image, and as many on the other sides."""
+    left, _, up, _ = layer._reversed_padding_repeated_twice
+    return up, left
+
+
 class _Unfolded(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, inputs: Tensor, anchor: Tensor, recording: Recording, layer: nn.Conv2d
     ) -> Tensor:
-        places = [
-            (have + 2 * around - spread * (taps - 1) - 1) // step + 1
-            for have, around, spread, taps, step in zip(
-                inputs.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride,
-                strict=True,
-            )  # fmt: skip
-        ]
+        padding = _around(layer)
+        places = Taps.of(layer).places(inputs.shape[2:], padding)
         columns = functional.unfold(
-            inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride
+            inputs, layer.kernel_size, layer.dilation, padding, layer.stride
         )  # [B, in · taps, pixels]
         out = torch.empty(
             (len(inputs), layer.out_channels, *places), dtype=inputs.dtype, device=inputs.device,
@@ -196,14 +197,12 @@ class _Unfolded(torch.autograd.Function):
         inputs, columns = kept.saved_tensors
         layer: nn.Conv2d = kept.layer
         kept.recording.contributions.append(
-            OuterProducts(
-                layer.weight, layer.bias, columns.transpose(1, 2), _by_place(grads[0])
-            )
+            OuterProducts(layer.weight, layer.bias, columns.transpose(1, 2), _by_place(grads[0]))
         )
         d_inputs = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]  # torch sets it
             d_inputs = torch.ops.aten.convolution_backward(
-                grads[0], inputs, layer.weight.detach(), None, layer.stride, layer.padding,
+                grads[0], inputs, layer.weight.detach(), None, layer.stride, _around(layer),
                 layer.dilation, False, [0, 0], 1, [True, False, False],
             )[0]  # fmt: skip
         return d_inputs, torch.zeros_like(kept.recording.anchor), None, None

@@ -120,7 +120,7 @@ class _Recorder:
             if instead is None:
                 self._hooks.append(layer.register_forward_hook(self._remember))
             else:
-                layer.forward = self._replacement(layer, instead)  # type: ignore[method-assign]  # for this batch only
+                layer.forward = self._replacement(layer, instead)  # for this batch only
                 self._replaced.append(layer)
 
     def remove(self) -> None:
@@ -162,7 +162,7 @@ class _Recorder:
         def on_the_way_back(grad: Tensor) -> None:
             self.recording.contributions.append(contribution(layer, held.pop(), grad))
 
-        entered.register_hook(on_the_way_back)
+        entered.register_hook(on_the_way_back)  # type: ignore[no-untyped-call]  # torch types it so
         return entered
 
     def _replacement(self, layer: nn.Module, instead: RecordedForward) -> Callable[..., object]:
@@ -179,7 +179,7 @@ def _recorded_forward(layer: nn.Module) -> RecordedForward | None:
         return partial(_states, layer)
     if type(layer) is nn.GroupNorm:
         return lambda recording, given: recorded_group_norm(layer, given, recording)
-    if is_narrow(layer):
+    if isinstance(layer, nn.Conv2d) and is_narrow(layer):
         return lambda recording, given: recorded_convolution(layer, given, recording)
     return None
 

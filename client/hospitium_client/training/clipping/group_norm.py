@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from hospitium_client.training.clipping.contributions import Instantiated
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch.autograd.function import FunctionCtx
 
     from hospitium_client.training.clipping.recording import Recording
 
+IMAGES = 4
+"""Dimensions of ``[batch, channel, height, width]``; torch keeps no others channels-last here."""
 CACHED = 1 << 18
 """Elementwise products are taken in parts of about this many numbers, which stay in cache."""
 FEW_POSITIONS, FEW_CHANNELS = 1024, 8
@@ -56,14 +60,15 @@ class _GroupNorm(torch.autograd.Function):
         layer: nn.GroupNorm = kept.layer
         way = _backward_last if _has_channels_last(inputs) else _backward_first
         d_inputs, scale, shift = way(layer, inputs, grads[0], mean, inverse)
-        found = [(p, g) for p, g in ((layer.weight, scale), (layer.bias, shift)) if p.requires_grad]
+        both: list[tuple[Tensor, Tensor]] = [(layer.weight, scale), (layer.bias, shift)]
+        found = [(parameter, each) for parameter, each in both if parameter.requires_grad]
         kept.recording.contributions.append(Instantiated(found))
         return d_inputs, torch.zeros_like(kept.recording.anchor), None, None
 
 
 def _has_channels_last(values: Tensor) -> bool:
     return (
-        values.dim() == 4  # noqa: PLR2004 - torch's channels-last is for images only
+        values.dim() == IMAGES
         and values.is_contiguous(memory_format=torch.channels_last)
         and not values.is_contiguous()
     )
@@ -82,16 +87,12 @@ def _forward(layer: nn.GroupNorm, inputs: Tensor) -> tuple[Tensor, Tensor, Tenso
     each = channels // layer.num_groups
     mean = given.sum(1).view(batch, -1, each).sum(2) / (positions * each)
     middle = mean.repeat_interleave(each, 1)[:, None]
-    squares = [
-        (a - m).square_().sum(1)
-        for a, m in zip(given.split(step), middle.split(step), strict=True)
-    ]
+    squares = [(a - m).square_().sum(1) for a, m in _parts(step, given, middle)]
     variance = torch.cat(squares).view(batch, -1, each).sum(2) / (positions * each)
     inverse = (variance + layer.eps).rsqrt()
     scale = inverse.repeat_interleave(each, 1)[:, None] * layer.weight
     shift = layer.bias - middle * scale
-    parts = (t.split(step) for t in (given, scale, shift, _rows(out)))
-    for a, times, plus, to in zip(*parts, strict=True):
+    for a, times, plus, to in _parts(step, given, scale, shift, _rows(out)):
         torch.addcmul(plus, a, times, out=to)
     return out, mean, inverse
 
@@ -114,17 +115,15 @@ def _backward_last(
         return (values * layer.weight).view(batch, -1, each).sum(2) / (positions * each)
 
     shift = back.sum(1)
-    products = [
-        (a * g).sum(1) for a, g in zip(given.split(step), back.split(step), strict=True)
-    ]
+    products = [(a * g).sum(1) for a, g in _parts(step, given, back)]
     scale = (torch.cat(products) - shift * wide(mean)) * wide(inverse)
     of_input = -inverse.square() * grouped(scale)
     constant = -inverse * grouped(shift) - of_input * mean
     factors = (wide(constant), wide(of_input), wide(inverse) * layer.weight)
-    parts = (t.split(step) for t in (given, back, _rows(out), *(f[:, None] for f in factors)))
-    for a, g, to, plus, times_input, times_grad in zip(*parts, strict=True):
-        torch.addcmul(plus, a, times_input, out=to)
-        to.addcmul_(g, times_grad)
+    of_record = (factor[:, None] for factor in factors)
+    for a, g, to, plus, by, times in _parts(step, given, back, _rows(out), *of_record):
+        torch.addcmul(plus, a, by, out=to)
+        to.addcmul_(g, times)
     return out, scale, shift
 
 
@@ -143,6 +142,11 @@ def _backward_first(
         inputs[0, 0].numel(), batch * layer.num_groups, [True, True, True],
     )  # fmt: skip
     return d_inputs.view_as(inputs), scale.view(batch, channels), shift.view(batch, channels)
+
+
+def _parts(step: int, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield ``step`` records of all at a time."""
+    return zip(*(torch.split(one, step) for one in values), strict=True)
 
 
 def _part(rows: Tensor) -> int:

@@ -115,10 +115,10 @@ class _Lstm(torch.autograd.Function):
         through_cell = torch.addcmul(out, out, curved.square_(), value=-1.0, out=out)
         d_cell, d_hidden = torch.zeros_like(curved[0]), torch.zeros_like(curved[0])
         inner = slopes.view(steps, batch, 4, size)[:, :, :3]
+        all_steps = (slopes, inner, of_out, grads[0], through_cell, forget)
         for slope, within, last, given, through, keep in zip(
-            *(reversed(t.unbind(0)) for t in (slopes, inner, of_out, grads[0], through_cell, forget)),
-            strict=True,
-        ):  # fmt: skip
+            *(reversed(values.unbind(0)) for values in all_steps), strict=True
+        ):
             d_hidden += given
             d_cell.addcmul_(d_hidden, through)
             within *= d_cell[:, None]

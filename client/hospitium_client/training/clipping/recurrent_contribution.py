@@ -43,7 +43,11 @@ class _Side:
 
     @classmethod
     def of(
-        cls, weights: dict[Tensor, Tensor], biases: list[Tensor | None], gates: Tensor, roll: int = 0
+        cls,
+        weights: dict[Tensor, Tensor],
+        biases: list[Tensor | None],
+        gates: Tensor,
+        roll: int = 0,
     ) -> _Side:
         """Keep what is trained; ``weights`` maps each to what it is multiplied by."""
         trained = {w: given for w, given in weights.items() if w.requires_grad}
@@ -61,7 +65,8 @@ class _Side:
     def by_gram(self) -> Tensor:
         """Return squared norms ``[B]``."""
         steps, batch, _ = self.gates.shape
-        left = self.gates.new_zeros(batch, steps, steps) if self.given is None else _gram(self.given)
+        none = self.gates.new_zeros(batch, steps, steps)
+        left = none if self.given is None else _gram(self.given)
         return gram_norms(left.add_(len(self.biases)), _gram(self.gates))
 
     def written_out(self) -> Tensor:
@@ -99,7 +104,7 @@ class _Side:
     def _by_weight(self, gradients: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Split ``[..., rows, columns]`` into the weights' own columns."""
         rolled = gradients.roll(self.roll, -2) if self.roll else gradients
-        parts = rolled.split([weight.shape[1] for weight in self.weights], -1)
+        parts = torch.split(rolled, [weight.shape[1] for weight in self.weights], -1)
         return list(zip(self.weights, parts, strict=True))
 
     def drop(self, bad: Tensor) -> None:

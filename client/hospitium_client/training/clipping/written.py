@@ -39,6 +39,15 @@ class Taps:
         """How many taps the kernel has."""
         return math.prod(self.kernel)
 
+    def places(self, size: Sequence[int], around: Sequence[int]) -> list[int]:
+        """Return the size of the output for an image with so many zeros on either side."""
+        return [
+            (have + 2 * zeros - dilation * (taps - 1) - 1) // stride + 1
+            for have, zeros, dilation, taps, stride in zip(
+                size, around, self.dilation, self.kernel, self.stride, strict=True
+            )
+        ]
+
     def windows(self, places: Sequence[int]) -> Iterator[tuple[slice, ...]]:
         """Yield, tap by tap, where it reads for ``places`` positions in every dimension."""
         for tap in itertools.product(*map(range, self.kernel)):
@@ -53,9 +62,10 @@ class Taps:
 class Written:
     """Written-out gradients, from images unfolded a few samples at a time.
 
-    ``images`` ``[B, groups · narrow, *padded size]`` and ``signals`` ``[B, groups · rows, *places]``
-    meet in a weight ``[groups · rows, narrow, *kernel]``: a convolution's inputs and output
-    gradients, or a transposed convolution's the other way round. ``of_bias`` is ``[B, out]``.
+    ``images`` ``[B, groups · narrow, *padded size]`` and ``signals``
+    ``[B, groups · rows, *places]`` meet in a weight ``[groups · rows, narrow, *kernel]``: a
+    convolution's inputs and output gradients, or a transposed one's the other way round.
+    ``of_bias`` is ``[B, out]``.
 
     The unfolded part and the products over it stay in cache; channels come last, so that every
     kernel tap is one copy of whole rows.
@@ -73,8 +83,8 @@ class Written:
         places, groups, taps = signals.shape[2:], self._groups, self._taps.count
         batch, count, narrow = len(images), places.numel(), self._weight.shape[1]
         rows = len(self._weight) // groups
-        split = images.movedim(1, -1).unflatten(-1, (groups, narrow)).movedim(-2, 1)
-        signals = signals.flatten(2).unflatten(1, (groups, rows))
+        split = torch.unflatten(images.movedim(1, -1), -1, (groups, narrow)).movedim(-2, 1)
+        signals = torch.unflatten(signals.flatten(2), 1, (groups, rows))
         part = max(1, min(batch, CACHED // (groups * count * taps * narrow)))
         unfolded = images.new_empty(part, groups, *places, taps, narrow)
         each = images.new_empty(batch, groups, rows, taps * narrow)
