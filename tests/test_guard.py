@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hospitium_common.errors import PeerProtocolError
-from hospitium_common.metrics import evaluation_sums
+from hospitium_common.metrics import StatisticsSums, evaluation_sums
+from hospitium_common.normalisation import SUM_SCALE
 from hospitium_common.secagg.quantiser import Quantiser
 from hospitium_server.guard import (
     KnownWeight,
     largest_norm,
     plausible_figures,
+    plausible_statistics,
     plausible_weight,
     trusted_moments,
 )
@@ -123,6 +125,46 @@ def test_honest_squares_are_believed(sites, seed):
     claimed = [float((updates[:, :16] ** 2).sum()), float((updates[:, 16:] ** 2).sum())]
     trusted = trusted_moments(claimed, updates.sum(axis=0), QUANTISER, sites, ())
     np.testing.assert_allclose(trusted, claimed, rtol=1e-9)
+
+
+def statistics(**changes):
+    """Ten records of 8 patients; the second feature is measured in 3 of them."""
+    step = int(SUM_SCALE)
+    features = np.array([[8, 3], [4 * step, 3 * step], [2 * step, 3 * step]])
+    given = {"records": 10, "class_counts": np.array([6, 4]), "features": features}
+    return StatisticsSums(**{**given, **changes})
+
+
+def features(row, value):
+    changed = statistics().features.copy()
+    changed[row, 0] = value
+    return {"features": changed}
+
+
+def test_statistics_of_real_records_are_plausible():
+    assert plausible_statistics(statistics(), STUDY, 3).records == 10
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"records": -10},
+        {"records": 9},
+        {"class_counts": np.array([11, -1])},
+        features(0, 11),
+        features(0, -1),
+        features(1, 9 * 2**20),
+        features(2, 5 * 2**20),
+        features(2, -(2**20)),
+    ],
+    ids=[
+        "negative records", "fewer records than classes", "a negative class", "more patients",
+        "negative patients", "a mean above the range", "squares above the mean", "negative squares",
+    ],
+)  # fmt: skip
+def test_statistics_are_refused_with(changes):
+    with pytest.raises(PeerProtocolError, match="made up its figures"):
+        plausible_statistics(statistics(**changes), STUDY, 3)
 
 
 def test_squares_that_the_sum_itself_refutes_are_raised_to_what_it_shows():

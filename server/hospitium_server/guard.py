@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hospitium_common.errors import PeerProtocolError
+from hospitium_common.normalisation import SUM_SCALE
 from hospitium_server.aggregation import check_aggregate
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hospitium_common.metrics import EvaluationSums
+    from hospitium_common.metrics import EvaluationSums, StatisticsSums
     from hospitium_common.secagg.quantiser import Quantiser
     from hospitium_common.study import Study
 
@@ -95,6 +96,35 @@ def plausible_mean(mean: Vector, norms_before: Sequence[float], bound: float) ->
         PeerProtocolError: it is not finite, beyond the bound, or far beyond the rounds before.
     """
     return check_aggregate(mean, norms_before, bound)
+
+
+def plausible_statistics(sums: StatisticsSums, study: Study, sites: int) -> StatisticsSums:
+    """Return the totals of the statistics round, if they can be totals of counts at all.
+
+    Values lie in 0…1, so no sum exceeds its count and no sum of squares its sum.
+
+    Raises:
+        PeerProtocolError: a site made up its figures; another round of statistics is needed.
+    """
+    patients, means, squares = sums.features
+    steps = SUM_SCALE * patients + sites
+    counts = sums.class_counts
+    counts_agree = bool(((counts >= 0) & (counts <= sums.records)).all())
+    if study.task.labels == "exclusive":
+        counts_agree = counts_agree and int(counts.sum()) == sums.records
+    features_agree = (
+        (patients >= 0).all()
+        and (patients <= sums.records).all()
+        and (squares >= -sites).all()
+        and (squares <= means + sites).all()
+        and (means <= steps).all()
+    )
+    if not (counts_agree and features_agree):
+        raise PeerProtocolError(
+            "statistics: expected counts and sums that agree with each other, got others: a site "
+            "made up its figures. Run the study again without it"
+        )
+    return sums
 
 
 def plausible_figures(sums: EvaluationSums, study: Study) -> EvaluationSums:

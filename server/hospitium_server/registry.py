@@ -69,11 +69,14 @@ class GroupRecord:
 class RoundRecord:
     """What happened in the round that made a version; ``missing`` says who was not there, why.
 
-    ``quantisation_error`` is a bound on the rounding error's norm relative to the update's.
+    ``quantisation_error`` is a bound on the rounding error's norm relative to the update's;
+    ``rounding_to_noise`` relates it to the norm of the noise of differential privacy in the
+    update, and is 0 where there is none or its size is unknown.
     ``lost`` marks a round that was cut off while it was unmasked, ``rejected`` says why a round's
     update was not used: in both cases the model is the one of version ``model_of``. ``withdrawn``
     says why the version's model does not count: later rounds went back to the one before.
-    ``records`` are those of the statistics round, a ceiling of the weights.
+    ``records`` are those of the statistics round, a ceiling of the weights; ``second_moments``
+    are the sites' mean sums of squares, per tensor.
     """
 
     round: int
@@ -86,6 +89,7 @@ class RoundRecord:
     update_norm: float = 0.0
     norm_bound: float = 0.0
     quantisation_error: float = 0.0
+    rounding_to_noise: float = 0.0
     clipped_fraction: float = 0.0
     scaled_down: int = 0
     dropped_contributions: int = 0

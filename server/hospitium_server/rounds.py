@@ -22,7 +22,7 @@ from hospitium_common.schedule import (
     training_stage,
 )
 from hospitium_common.secagg.quantiser import Quantiser, quantiser_for
-from hospitium_server import aggregation, selection
+from hospitium_server import aggregation, guard, selection
 from hospitium_server.evaluation import Figures, figures
 from hospitium_server.registry import Registry, RoundRecord, Version
 from hospitium_server.secure_sum import RoundPlan, RoundTotals
@@ -110,7 +110,9 @@ class StudyRun:
     def _prepare(self, parameters: NDArray[np.float32]) -> Version:
         """Round 1: add up the statistics that every site's normalisation rests on."""
         totals = self._sum_figures(STATISTICS_STAGE, Purpose.STATISTICS, parameters[:0], b"")
-        statistics = self._tail_layout.statistics(totals.tail)
+        statistics = guard.plausible_statistics(
+            self._tail_layout.statistics(totals.tail), self._study, len(totals.survivors)
+        )
         normalisation = Normalisation.from_totals(statistics.features, self._study)
         version = Version(
             number=0,

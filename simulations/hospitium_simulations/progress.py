@@ -68,11 +68,12 @@ class Progress:
         """Print a finished round: how the model did that the sites received in it."""
         self._bars.update(self._rounds, completed=record.round)
         missing = "".join(f"; site {s} {why}" for s, why in record.missing.items())
+        unused = f"; not used: {record.rejected}" if record.rejected else ""
         self._console.print(
             f"round {record.round:3d}/{self._study.rounds}  "
             f"sites {len(record.survivors)}/{self._sites}  "
             f"validation AUROC {received.auroc:.3f}  loss {received.loss:.3f}  "
-            f"{record.bytes_received / 1e6:.2f} MB  {record.seconds:.1f} s{missing}",
+            f"{record.bytes_received / 1e6:.2f} MB  {record.seconds:.1f} s{missing}{unused}",
             highlight=False,
         )
         self._stop_if_asked()
