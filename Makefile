@@ -20,7 +20,7 @@ $(VENV)/.check: pyproject.toml constraints.txt
 	$(INSTALL) --editable ".[check]"
 	touch $@ $(VENV)/.demo
 
-demo: $(VENV)/.demo  ## train a CNN and an LSTM across four synthetic hospitals
+demo: $(VENV)/.demo  ## a coordinator and three hospitals, over TLS, train a CNN and an LSTM
 	$(BIN)/hospitium demo
 
 test: $(VENV)/.check  ## run every test

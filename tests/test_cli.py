@@ -89,18 +89,15 @@ def test_a_changed_study_no_longer_has_its_signature(tmp_path):
     assert "changed after it was signed" in done.stderr
 
 
-def test_the_demo_ends_with_two_reports_and_goes_on_where_it_was_stopped(tmp_path):
+def test_the_demo_takes_three_hospitals_from_keys_to_two_reports(tmp_path):
     done = hospitium("demo --patients 60", tmp_path)
     assert done.returncode == 0, done.stderr
     for study in ("synthetic-films", "synthetic-stays"):
-        page = tmp_path / "runs" / f"demo-{study}" / "report.html"
-        assert f"runs/demo-{study}/report.html" in done.stdout
-        text = page.read_text()
-        assert "Synthetic data: no patient stands behind any record." in text
-        assert "Simulation:" in text
-        assert (page.parent / "model.safetensors").exists()
+        page = tmp_path / "runs" / "demo" / "coordinator" / "studies" / study / "report.html"
+        assert f"coordinator/studies/{study}/report.html" in done.stdout.replace("\n", "")
+        assert "it has no medical use" in page.read_text()
         for picture in ("learning_curve", "roc", "precision_recall", "calibration"):
             assert (page.parent / f"{picture}.png").stat().st_size > 5000
     again = hospitium("demo --patients 60", tmp_path)
     assert again.returncode == 0
-    assert "is finished" in again.stdout
+    assert "hospitium site init" not in again.stdout

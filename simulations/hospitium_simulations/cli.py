@@ -1,10 +1,8 @@
-"""`hospitium simulate` and `hospitium demo`: a federation on one machine."""
+"""`hospitium simulate`: a federation in one process."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,8 +22,6 @@ from hospitium_simulations.federation import simulate as run_simulation
 from hospitium_simulations.partition import Partition, cut
 from hospitium_simulations.poison import Poison
 from hospitium_simulations.progress import Progress
-from hospitium_simulations.synthetic_ehr import write_stays
-from hospitium_simulations.synthetic_imaging import write_films
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,23 +99,6 @@ def _changed(study: Study, seed: int | None, epsilon: float | None) -> Study:
             update={"privacy": study.privacy.model_copy(update={"epsilon": epsilon})}
         )
     return study
-
-
-def demo(
-    runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
-    patients: Annotated[int, typer.Option(help="Synthetic patients per hospital.")] = 400,
-) -> None:
-    """Train a CNN and an LSTM across four synthetic hospitals, private and masked."""
-    scenarios = files("hospitium_simulations") / "scenarios"
-    for write, study in ((write_films, "films.toml"), (write_stays, "stays.toml")):
-        document = load_study(Path(str(scenarios / study)))
-        directory = runs / f"demo-{document.study.id}"
-        if (directory / "finished.json").exists():
-            Console().print(f"{directory} is finished: {directory / 'report.html'}")
-            continue
-        with tempfile.TemporaryDirectory() as data:
-            write(Path(data), sites=4, patients_per_site=patients, seed=document.study.seed)
-            run(document, Path(data), directory, Partition(kind="site"), 4, SimulationOptions())
 
 
 def run(

@@ -42,29 +42,38 @@ def demo(
         titles=TITLES,
         say=lambda line: console.print(f"[dim]$[/dim] {line}", soft_wrap=True),
     )
-    console.rule("[bold]Enrolment: one file from each hospital, one back")
-    federation.found()
-    console.print("(Between people, a fingerprint is compared by telephone; --yes leaves it out.)")
-    with federation:
-        console.rule("[bold]A coordinator and three hospitals start")
-        federation.serve()
-        for name in federation.hospitals:
-            federation.open(name)
-        reports = [_study(federation, *study, patients, console) for study in STUDIES]
+    reports = [_report(federation, file) for file, _, _ in STUDIES]
+    if not all(report.exists() for report in reports):
+        console.rule("[bold]Enrolment: one file from each hospital, one back")
+        federation.found()
+        console.print("(People compare a fingerprint by telephone here; --yes leaves it out.)")
+        with federation:
+            console.rule("[bold]A coordinator and three hospitals start")
+            federation.serve()
+            for name in federation.hospitals:
+                federation.open(name)
+            for study in STUDIES:
+                _run_study(federation, *study, patients, console)
     for report in reports:
         console.print(f"Report: [bold]{report}", soft_wrap=True)
     console.print("Synthetic data: no patient stands behind any record.")
 
 
-def _study(
+def _report(federation: LocalFederation, file: str) -> Path:
+    return federation.home / "studies" / f"synthetic-{Path(file).stem}" / "report.html"
+
+
+def _run_study(
     federation: LocalFederation,
     file: str,
     kind: str,
     write: Callable[..., None],
     patients: int,
     console: Console,
-) -> Path:
-    """Submit one study, let every hospital approve it, watch it to its end; return the report."""
+) -> None:
+    """Submit one study, let every hospital approve it, and watch it to its end."""
+    if _report(federation, file).exists():
+        return
     own = federation.directory / file
     with ExitStack() as packed:
         scenario = files("hospitium_simulations") / "scenarios" / file
@@ -76,9 +85,6 @@ def _study(
         if not (hospital.home / kind).exists():
             write(hospital.home / kind, sites=1, patients_per_site=patients,
                   seed=study.study.seed + number)  # fmt: skip
-    report = federation.home / "studies" / study.study.id / "report.html"
-    if not report.exists():
-        federation.begin(own, dict.fromkeys(federation.hospitals, kind))
-        federation.show("study", "watch", study.study.id, "--home", federation.home)
-        federation.run("study", "report", study.study.id, "--home", federation.home)
-    return report
+    federation.begin(own, dict.fromkeys(federation.hospitals, kind))
+    federation.show("study", "watch", study.study.id, "--home", federation.home)
+    federation.run("study", "report", study.study.id, "--home", federation.home)

@@ -109,7 +109,8 @@ class LocalFederation:
     def begin(self, study: Path, data: Mapping[str, str]) -> None:
         """Submit a study; every hospital in ``data`` approves it for that folder of its home."""
         document = load_study(study)
-        self.run("study", "submit", study.name, "--home", self.home)
+        if not (self.home / "studies" / document.study.id).exists():
+            self.run("study", "submit", study.name, "--home", self.home)
         for name, folder in data.items():
             hospital = self.hospitals[name]
             _wait_for_arrival(SiteHome(hospital.home), document.digest)
