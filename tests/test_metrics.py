@@ -208,7 +208,7 @@ def test_every_purpose_has_a_tail_of_the_same_length(tensors, features):
         layout.pack(EvaluationTotals(validation=nothing, test=nothing)),
     ]  # fmt: skip
     assert {len(tail) for tail in tails} == {layout.length}
-    assert layout.length == max(3 + 3 * features, 4 + tensors + 55, 110)
+    assert layout.length == max(3 + 3 * features, 6 + tensors + 55, 110)
     assert all(tail.dtype == np.uint64 for tail in tails)
 
 

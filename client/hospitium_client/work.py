@@ -170,7 +170,7 @@ class SiteWork:
         weight = self._weight(train)
         update, was_longer = shortened(moved - parameters, study.robustness.update_norm)
         if was_longer:
-            noise *= (np.linalg.norm(update) / np.linalg.norm(moved - parameters)) ** 2
+            noise *= float(np.linalg.norm(update) / np.linalg.norm(moved - parameters)) ** 2
         scaled = (update * (weight / study.cohort.weight_cap)).astype(np.float32)
         ends = np.cumsum(self.layout.lengths)[:-1]
         sums = TrainingSums(

@@ -31,6 +31,8 @@ LARGEST_LOGIT = 12.0
 LOSS_SCALE = 2.0**20
 MOMENT_SCALE = 2.0**40
 LARGEST_WORD = 2**55 - 1
+TRAINING_HEAD = 6
+"""Words of a training round before those of the tensors."""
 
 
 def _fixed(value: float, scale: float) -> int:
@@ -105,7 +107,9 @@ class TrainingSums:
 
     ``second_moments`` are the sums of squares per tensor of the weighted update; the next
     round's quantiser takes its bounds from them. ``scaled_down`` counts the sites (at one site:
-    0 or 1) whose update was longer than the study allows.
+    0 or 1) whose update was longer than the study allows. ``noise_square`` is the expected squared
+    length of the noise of differential privacy in the weighted updates, 0 where there is none or
+    nobody knows: what rounding is to be compared with.
     """
 
     weight: int
@@ -115,6 +119,7 @@ class TrainingSums:
     scaled_down: int
     second_moments: tuple[float, ...]
     validation: EvaluationSums
+    noise_square: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +202,9 @@ class TailLayout:
         """Words in a tail."""
         statistics = 1 + len(self.study.task.classes) + 3 * self.features
         return max(
-            statistics, 5 + self.tensors + self._evaluation_words, 2 * self._evaluation_words
+            statistics,
+            TRAINING_HEAD + self.tensors + self._evaluation_words,
+            2 * self._evaluation_words,
         )
 
     def pack(self, sums: StatisticsSums | TrainingSums | EvaluationTotals) -> NDArray[np.uint64]:
@@ -211,7 +218,7 @@ class TailLayout:
         elif isinstance(sums, TrainingSums):
             moments = [_fixed(moment, MOMENT_SCALE) for moment in sums.second_moments]
             counts = [sums.weight, sums.clipped, sums.steps, sums.dropped, sums.scaled_down]
-            head = [*counts, *moments]
+            head = [*counts, _fixed(sums.noise_square, MOMENT_SCALE), *moments]
             parts = [np.array(head), sums.validation.words()]
         else:
             parts = [sums.validation.words(), sums.test.words()]
@@ -235,13 +242,14 @@ class TailLayout:
     def training(self, totals: NDArray[np.uint64]) -> TrainingSums:
         """Read the totals of a training round."""
         words = totals.view(np.int64)
-        moments, rest = np.split(words[5:], [self.tensors])
+        moments, rest = np.split(words[TRAINING_HEAD:], [self.tensors])
         return TrainingSums(
             weight=int(words[0]),
             clipped=int(words[1]),
             steps=int(words[2]),
             dropped=int(words[3]),
             scaled_down=int(words[4]),
+            noise_square=float(words[5]) / MOMENT_SCALE,
             second_moments=tuple(float(word) / MOMENT_SCALE for word in moments),
             validation=EvaluationSums.from_words(rest[: self._evaluation_words], self.study),
         )

@@ -37,6 +37,7 @@ def round_rows(history: History, names: Mapping[int, str]) -> list[dict[str, obj
             "groups_rejected": sum(bool(group.rejected) for group in made.groups),
             "scaled_down": made.scaled_down,
             "quantisation_error": made.quantisation_error,
+            "rounding_to_noise": made.rounding_to_noise or None,
             "clipped_fraction": made.clipped_fraction,
             "dropped_contributions": made.dropped_contributions,
             "bytes_sent": made.bytes_sent,
@@ -58,12 +59,20 @@ def shown_rows(history: History, names: Mapping[int, str]) -> list[list[str]]:
             "" if score is None else f"{score.auroc:.3f}",
             f"{made.update_norm:.3g}" if made.norm_bound else "",
             f"{made.norm_bound:.3g}" if made.norm_bound else "",
-            f"{made.quantisation_error:.2%}",
+            rounding(made),
             f"{made.bytes_received / 1e6:.2f} MB",
             f"{made.seconds:.1f} s",
         ]
         for made, score in history
     ]
+
+
+def rounding(made: RoundRecord) -> str:
+    """Return the bound on the rounding error: of the update, and of its noise where it has any."""
+    of_update = f"{made.quantisation_error:.2%}"
+    if not made.rounding_to_noise:
+        return of_update
+    return f"{of_update}, {made.rounding_to_noise:.2%} of the noise"
 
 
 def missing(made: RoundRecord, names: Mapping[int, str]) -> str:

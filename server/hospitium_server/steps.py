@@ -10,6 +10,7 @@ import numpy as np
 
 from hospitium_common.errors import PeerProtocolError
 from hospitium_common.schedule import (
+    fewest_groups,
     protocol_round,
     secagg_policy,
     training_stage,
@@ -74,6 +75,7 @@ class _Group:
     mean: Vector
     record: GroupRecord
     error: float
+    noise: float
 
 
 def take_step(given: RoundInput, totals: RoundTotals) -> Step:
@@ -87,8 +89,10 @@ def take_step(given: RoundInput, totals: RoundTotals) -> Step:
     looked_at = [_look(given, group) for group in totals.groups]
     used = [group for group in looked_at if isinstance(group, _Group)]
     records = tuple(group.record if isinstance(group, _Group) else group for group in looked_at)
-    if 2 * len(used) <= len(looked_at):
+    few = len(looked_at) < fewest_groups(given.study)
+    if few or 2 * len(used) <= len(looked_at):
         reason = "; ".join(group.rejected for group in records if group.rejected)
+        reason = "too few groups came to a sum" if few else reason
         return _unmoved(given, totals, records, reason)
     update = combine([group.mean for group in used], given.study)
     optimizer, parameters = aggregation.apply(
@@ -101,6 +105,7 @@ def take_step(given: RoundInput, totals: RoundTotals) -> Step:
         totals, given.number, groups=records, update_norm=norm,
         norm_bound=max(group.record.norm_bound for group in used),
         quantisation_error=max(group.error for group in used) / max(norm, 1e-30),
+        rounding_to_noise=max(group.error / group.noise if group.noise else 0.0 for group in used),
         clipped_fraction=sums.clipped / (sites * given.quantiser.size),
         scaled_down=sums.scaled_down, dropped_contributions=sums.dropped,
         second_moments=_moments(given, used),
@@ -121,6 +126,7 @@ def score(sums: EvaluationSums, study: Study) -> float:
 def round_record(
     totals: RoundTotals, number: int, *, groups: tuple[GroupRecord, ...] = (),
     update_norm: float = 0.0, norm_bound: float = 0.0, quantisation_error: float = 0.0,
+    rounding_to_noise: float = 0.0,
     clipped_fraction: float = 0.0, scaled_down: int = 0, dropped_contributions: int = 0,
     second_moments: tuple[float, ...] = (), records: int = 0, rejected: str = "",
     model_of: int | None = None,
@@ -130,7 +136,8 @@ def round_record(
         round=number, survivors=totals.survivors, missing=dict(totals.missing),
         attempts=totals.attempts, bytes_sent=totals.bytes_sent,
         bytes_received=totals.bytes_received, update_norm=update_norm, norm_bound=norm_bound,
-        quantisation_error=quantisation_error, clipped_fraction=clipped_fraction,
+        quantisation_error=quantisation_error, rounding_to_noise=rounding_to_noise,
+        clipped_fraction=clipped_fraction,
         scaled_down=scaled_down, dropped_contributions=dropped_contributions,
         second_moments=second_moments, result=totals.result.hex(), groups=groups,
         records=records, rejected=rejected, model_of=model_of,
@@ -161,7 +168,10 @@ def _look(given: RoundInput, group: GroupSum) -> _Group | GroupRecord:
     except PeerProtocolError as error:
         return GroupRecord(survivors=group.survivors, rejected=str(error))
     record = GroupRecord(survivors=group.survivors, weight=weight, norm=norm, norm_bound=bound)
-    return _Group(total=group, sums=sums, mean=mean, record=record, error=rounding * share)
+    return _Group(
+        total=group, sums=sums, mean=mean, record=record, error=rounding * share,
+        noise=math.sqrt(max(sums.noise_square, 0.0)) * share,
+    )  # fmt: skip
 
 
 def _unmoved(
