@@ -277,6 +277,17 @@ def test_too_few_sites_for_three_groups_start_no_training(tmp_path):
         run(study_of(rounds=2, **GROUPS), tmp_path, MASKED, sites=8)
 
 
+def test_one_group_alone_is_not_taken_for_a_median(tmp_path, monkeypatch):
+    study = study_of(rounds=1, **GROUPS)
+    gone = tuple(Fault.parse(f"drop:{site}:ready:1") for site in (2, 3, 5, 6, 8, 9))
+    with pytest.raises(HospitiumError, match=r"3 groups of 3 sites, 1 came to a sum"):
+        run(study, tmp_path / "masked", SimulationOptions(faults=gone))
+    one = "hospitium_simulations.plain_sum.groups"
+    monkeypatch.setattr(one, lambda sites, study: (tuple(sites)[:3],))
+    with pytest.raises(StudyHalted, match="too few groups came to a sum"):
+        run(study_of(rounds=3, **GROUPS), tmp_path / "plain")
+
+
 def test_no_site_takes_part_in_the_sum_of_another_group(tmp_path, monkeypatch):
     """A coordinator that invites a site into two groups, or sums two groups as one, is refused."""
     tasks: dict[int, bytes] = {}
@@ -298,6 +309,8 @@ def test_no_site_takes_part_in_the_sum_of_another_group(tmp_path, monkeypatch):
 
 
 def test_one_sum_over_all_groups_is_refused_by_every_site(tmp_path, monkeypatch):
-    monkeypatch.setattr("hospitium_server.secure_sum.groups", lambda sites, study: (tuple(sites),))
+    server = "hospitium_server.secure_sum"
+    monkeypatch.setattr(f"{server}.groups", lambda sites, study: (tuple(sites),))
+    monkeypatch.setattr(f"{server}.fewest_groups", lambda study: 1)
     with pytest.raises(HospitiumError, match="the message broke the protocol"):
         run(study_of(rounds=1, **GROUPS), tmp_path, MASKED)

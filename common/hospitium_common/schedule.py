@@ -89,6 +89,11 @@ def group_of(site: int, study: Study) -> int:
     return (site - 1) % study.robustness.groups
 
 
+def fewest_groups(study: Study) -> int:
+    """Return how many groups have to come to a sum for a training round to be used."""
+    return 1 if study.robustness.groups == 1 else SMALLEST_MEDIAN
+
+
 def groups(sites: Iterable[int], study: Study) -> tuple[tuple[int, ...], ...]:
     """Return the sites of every group that has any, each in order."""
     members: dict[int, list[int]] = {}

@@ -25,7 +25,7 @@ from hospitium_common.messages import (
     Reason,
     Shares,
 )
-from hospitium_common.schedule import SMALLEST_MEDIAN, groups, secagg_policy
+from hospitium_common.schedule import fewest_groups, groups, secagg_policy
 from hospitium_common.secagg.masks import usable_threads
 from hospitium_common.transcript import announced
 from hospitium_server.attempt import Attempt
@@ -158,7 +158,7 @@ class SecureSum:
         roster, there = self._invite(missing)
         previous = self._archive.last_result()
         invited = self._groups(plan, there)
-        wanted = 1 if len(invited) == 1 else SMALLEST_MEDIAN
+        wanted = fewest_groups(self._study) if plan.purpose is Purpose.TRAIN else 1
         done: list[RoundSum] = []
         count = 0
         while invited and count < MOST_ATTEMPTS:
@@ -185,9 +185,10 @@ class SecureSum:
             return [list(sites)]
         made = [list(group) for group in groups(sites, self._study)]
         whole = [group for group in made if self._are_enough(group)]
-        if len(made) > 1 and len(whole) < SMALLEST_MEDIAN:
+        fewest = fewest_groups(self._study)
+        if len(whole) < fewest and fewest > 1:
             raise HospitiumError(
-                f"round {plan.number}: expected at least {SMALLEST_MEDIAN} groups of "
+                f"round {plan.number}: expected at least {fewest} groups of "
                 f"{self._study.cohort.minimum_sites} sites that stand ready, got groups of "
                 f"{', '.join(str(len(group)) for group in made)}. Nothing was sent"
             )
@@ -321,9 +322,9 @@ class SecureSum:
         least, lost = self._study.cohort.minimum_sites, set(missing) & set(there)
         if done:
             return (
-                f"round {plan.number}: expected at least {SMALLEST_MEDIAN} groups of {least} "
-                f"sites, {len(done)} came to a sum ({_reasons(missing)}). The round is lost: run "
-                "the study again, it goes on with the next"
+                f"round {plan.number}: expected at least {fewest_groups(self._study)} groups of "
+                f"{least} sites, {len(done)} came to a sum ({_reasons(missing)}). The round is "
+                "lost: run the study again, it goes on with the next"
             )
         return (
             f"round {plan.number}: expected at least {least} sites, {len(there) - len(lost)} "
