@@ -7,10 +7,10 @@ from typer.testing import CliRunner
 
 from hospitium_common.errors import ConfigError
 from hospitium_common.models import build, shared_layout, tensors_of
-from hospitium_common.models.pretrained import keep_weights
 from hospitium_common.study import parse_study
 from hospitium_common.study.cli import app
 from hospitium_common.study.explain import explain
+from hospitium_common.study.weights import keep_weights
 from hospitium_simulations.federation import SimulationOptions, simulate
 from tests.federation_kit import Notes, hospitals, private_study_of, study_of
 

@@ -14,6 +14,7 @@ minimum_sites = 5                   # never in a sum over fewer hospitals
 largest_epsilon = 8.0
 allow_training_without_privacy = false
 allow_record_level_privacy = false
+allow_distributed_noise = false     # true: other hospitals add part of the noise that is promised
 largest_weight = 10000
 most_rounds = 200
 smallest_count = 10                 # figures about fewer patients never leave

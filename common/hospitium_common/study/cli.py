@@ -13,6 +13,7 @@ from rich.table import Table
 from hospitium_common.errors import ConfigError
 from hospitium_common.study.explain import explain
 from hospitium_common.study.reading import load_study
+from hospitium_common.study.weights import keep_weights
 
 app = typer.Typer(help="Write and check study files.", no_args_is_help=True)
 
@@ -39,8 +40,6 @@ def new(
 @app.command()
 def weights(file: Annotated[Path, typer.Argument(help="A safetensors file.")]) -> None:
     """Put a weights file where studies that begin from it find it, and show what to write."""
-    from hospitium_common.models.pretrained import keep_weights
-
     digest = keep_weights(file)
     Console().print(
         f'In the study file:\n\n\\[pretrained]\nsha256 = "{digest}"\n'
