@@ -12,6 +12,7 @@ from hospitium_client.work import SiteWork, shortened
 from hospitium_common.archive import RoundArchive
 from hospitium_common.errors import ConfigError, HospitiumError, StudyHalted
 from hospitium_common.messages import Task, decode
+from hospitium_common.metrics import TRAINING_HEAD
 from hospitium_server.registry import Registry
 from hospitium_simulations import in_memory
 from hospitium_simulations.faults import Fault
@@ -45,13 +46,16 @@ def scaled(factor):
     return lambda honest: replace(honest, vector=(honest.vector * np.float32(factor)))
 
 
-def words_changed(**changes):
-    """Change words of the tail: 0 is the weight, 5 and on are the squares per tensor."""
+WEIGHT, SQUARES = 0, TRAINING_HEAD
+CONFUSION = SQUARES + 4 + 3  # behind the four tensors' squares; records, loss and Brier score
+
+
+def word_changed(at, value):
+    """Change one word of the tail."""
 
     def change(honest):
         tail = honest.tail.copy()
-        for at, value in changes.items():
-            tail[int(at[1:])] = np.uint64(value % 2**64)
+        tail[at] = np.uint64(value % 2**64)
         return replace(honest, tail=tail)
 
     return change
@@ -139,7 +143,7 @@ def test_an_update_within_the_norm_is_left_as_it_is():
 
 @pytest.mark.parametrize("claimed", [0, 100_000, -100, 2**63])
 def test_a_made_up_weight_is_not_believed(tmp_path, poisoning, claimed):
-    poisoning(words_changed(_0=claimed), rounds=(2,))
+    poisoning(word_changed(WEIGHT, claimed), rounds=(2,))
     outcome = run(study_of(rounds=3), tmp_path, sites=4)
     if claimed == 0:  # within the slack that records may change by: a zero weight moves nothing up
         assert outcome.history[2][0].groups[0].weight < outcome.history[1][0].groups[0].weight
@@ -150,17 +154,18 @@ def test_a_made_up_weight_is_not_believed(tmp_path, poisoning, claimed):
 
 def test_made_up_squares_do_not_widen_the_next_rounds_bounds_beyond_reason(tmp_path, poisoning):
     honest = run(study_of(rounds=3), tmp_path / "honest", MASKED, sites=4)
-    poisoning(words_changed(_5=2**50), rounds=(2,))
+    poisoning(word_changed(SQUARES, 2**50), rounds=(2,))
     lied = run(study_of(rounds=3), tmp_path / "lied", MASKED, sites=4)
     before = np.array(honest.history[2][0].second_moments)
     after = np.array(lied.history[2][0].second_moments)
+    assert after[0] > 10 * before[0]
     assert after[0] <= 100 * np.array(honest.history[1][0].second_moments)[0] * (1 + 1e-9)
     np.testing.assert_allclose(after[1:], before[1:], rtol=0.01)
     assert lied.history[3][0].quantisation_error < 0.01
 
 
 def test_made_up_counts_cost_a_round_and_not_the_model(tmp_path, poisoning):
-    poisoning(words_changed(_12=2**40), rounds=(2,))
+    poisoning(word_changed(CONFUSION, 2**40), rounds=(2,))
     outcome = run(study_of(rounds=3), tmp_path, sites=4)
     assert rejected(outcome) == [2]
     assert "made up its figures" in outcome.history[2][0].rejected
