@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hospitium_common.archive import RoundArchive
-from hospitium_common.errors import ConfigError, HospitiumError
+from hospitium_common.errors import ConfigError, HospitiumError, StudyHalted
 from hospitium_common.first_model import load_first_model
 from hospitium_common.metrics import TailLayout
 from hospitium_server.attendance import Attendance
@@ -127,7 +127,9 @@ class StudyProcess:
             study=self._study, key=key, present=self._present, transport=self._transport,
             tail_layout=tail_layout, next_epoch=self._registry.next_epoch,
             next_attempt=self._registry.next_attempt, begin_unmasking=self._begin_unmasking,
-            archive=RoundArchive(folder.path / "rounds"),
+            archive=RoundArchive(
+                folder.path / "rounds", keep_masked=home.settings().storage.masked_vectors
+            ),
         )  # fmt: skip
         self._run = StudyRun(
             study=self._study, layout=self._layout, tail_layout=tail_layout,
@@ -146,7 +148,7 @@ class StudyProcess:
             try:
                 result = self._run.run(self._first)
                 break
-            except (ConfigError, RunEnded):
+            except (ConfigError, RunEnded, StudyHalted):
                 raise
             except HospitiumError as error:
                 failures = failures + 1 if self._finished() == finished else 1

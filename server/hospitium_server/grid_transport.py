@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 0.5
-PATIENCE_SHARE = 0.05
-"""The pause between two looks, as a share of how long nothing came."""
-
 
 class Listener(Protocol):
     """Somebody who wants to know where every site is."""
@@ -62,10 +58,7 @@ class Exchange:
 
     def arrived(self) -> Iterator[tuple[int, bytes]]:
         """Look once for every answer that is still out; yield (site, answer) of those there."""
-        for message_id in list(self._waiting):
-            letter = self._transport.mailbox.look(message_id)
-            if letter is None:
-                continue
+        for message_id, letter in self._transport.mailbox.arrived(list(self._waiting)):
             waiting = self._waiting.pop(message_id)
             answer = self._transport.opened(waiting.site, waiting.digest, letter)
             del letter
@@ -142,7 +135,7 @@ class GridTransport:
         self, requests: Mapping[int, bytes], deadline_s: float
     ) -> Iterator[tuple[int, bytes]]:
         """Send every request and yield (site, answer) as answers arrive, until the deadline."""
-        began = last = time.monotonic()
+        until = time.monotonic() + deadline_s
         out = self.send(requests, deadline_s)
         try:
             while out.sites:
@@ -150,14 +143,10 @@ class GridTransport:
                 for site, answer in out.arrived():
                     yield site, answer
                     del answer
-                    last = time.monotonic()
-                left_s = began + deadline_s - time.monotonic()
-                if left_s <= 0:
+                if time.monotonic() > until:
                     break
-                silence_s = time.monotonic() - last
-                pause_s = min(max(silence_s * PATIENCE_SHARE, FIRST_PAUSE_S), LAST_PAUSE_S)
                 if out.sites:
-                    time.sleep(min(pause_s, left_s))
+                    self.mailbox.wait()
         finally:
             out.give_up("no answer before the deadline")
 

@@ -7,21 +7,32 @@ health, nothing else; control and runtime stay on the loopback interface.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING
 
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from google.protobuf.message import DecodeError
+from starlette.concurrency import run_in_threadpool
+
+from hospitium_server.fast_lane import FastLane
+from hospitium_server.holding import Bell, HeldQuestions
+from hospitium_server.paths import ARRIVALS, POSTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from fastapi import FastAPI
+    from starlette.types import Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
 PUSH_MESSAGES = "/v1/fleet/push-messages"
+PULL_MESSAGES = "/v1/fleet/pull-messages"
+PULL_OBJECT = "/v1/fleet/pull-object"
+CONFIRM = "/v1/fleet/confirm-message-received"
+LONGEST_WAIT_S = 2.0
 LARGEST_BODY = 16 << 20
 """Flower sends objects in chunks of 5 MiB, each in a request of its own."""
 LARGEST_LOG_RATE = 60
@@ -33,13 +44,19 @@ class Gate:
 
     SQLite has one writer, and every one of Flower's handlers writes: side by side they spend most
     of their time asleep, waiting for each other's lock. Reading from and writing to slow lines
-    happens outside. A body in one part, not in some eighty of 64 KiB, also costs less: every part
-    passes all of Flower's layers of middleware.
+    happens outside.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: FastAPI) -> None:
+        self._app, self._fast_lane = app, FastLane(app)
         self._lock = asyncio.Lock()
+        self.questions = HeldQuestions()
+        self.arrivals = Bell()
+
+    def end(self) -> None:
+        """Hold nobody any longer."""
+        self.questions.end()
+        self.arrivals.ring()
 
     async def answer(self, scope: Scope, body: bytes, receive: Receive) -> list[Message]:
         """Return what the application sends for a request with this body."""
@@ -49,6 +66,10 @@ class Gate:
             sent.append(message)
 
         async with self._lock:
+            if self._fast_lane.takes(scope):
+                answer = await run_in_threadpool(self._fast_lane.answer, scope, body)
+                if answer is not None:
+                    return answer
             await self._app(scope, _replay(body, receive), collect)
         return sent
 
@@ -80,15 +101,32 @@ class PublicListener:
         body = await _whole(receive) if status == 200 else b""
         if status == 200 and path == PUSH_MESSAGES and not _pushes_in_own_name(body):
             status = 403
-        sent = await self._gate.answer(scope, body, receive) if status == 200 else _empty(status)
+        sent = await self._answer(scope, body, receive) if status == 200 else _empty(status)
         if sent and sent[0].get("status", 200) >= 400:
             self._refusals.note(scope, sent[0]["status"])
         for message in sent:
             await send(message)
 
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive) -> list[Message]:
+        path, gate = str(scope["path"]), self._gate
+        if path == PULL_MESSAGES:
+            return await gate.questions.answer(
+                body, receive, lambda: gate.answer(scope, body, receive)
+            )
+        sent = await gate.answer(scope, body, receive)
+        if sent and sent[0].get("status") == 200:
+            if path == PULL_OBJECT:
+                gate.questions.on_fetch(body)
+            elif path == CONFIRM:  # the last thing that a node does with a message
+                gate.arrivals.ring()
+        return sent
+
 
 class LoopbackListener:
-    """Control, Runtime and health for this machine; no documentation pages, no model endpoints."""
+    """Control, Runtime and health for this machine; no documentation pages, no model endpoints.
+
+    Besides, our own two paths (`paths.py`), which tell nobody anything.
+    """
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -101,10 +139,22 @@ class LoopbackListener:
             path = str(scope["path"])
             if path == "/health" or path.startswith(("/v1/control/", "/v1/runtime/")):
                 sent = await self._gate.answer(scope, await _whole(receive), receive)
+            elif path == ARRIVALS:
+                sent = _text(str(await self._arrivals(bytes(scope["query_string"]))))
+            elif path == POSTED:
+                self._gate.questions.bell.ring()
+                sent = _text("")
             else:
                 sent = _empty(404)
             for message in sent:
                 await send(message)
+
+    async def _arrivals(self, known: bytes) -> int:
+        bell = self._gate.arrivals
+        if known == str(bell.count).encode():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(bell.next.wait(), LONGEST_WAIT_S)
+        return bell.count
 
 
 class _Refusals:
@@ -170,6 +220,15 @@ def _pushes_in_own_name(content: bytes) -> bool:
         return False
     sources = {message.metadata.src_node_id for message in request.messages_list}
     return sources == {request.node.node_id}
+
+
+def _text(text: str) -> list[Message]:
+    body = text.encode()
+    headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"text/plain")]
+    return [
+        {"type": "http.response.start", "status": 200, "headers": headers},
+        {"type": "http.response.body", "body": body},
+    ]
 
 
 def _empty(status: int) -> list[Message]:

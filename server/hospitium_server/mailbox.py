@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,9 +47,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from hospitium_common.errors import HospitiumError, PeerProtocolError
 from hospitium_common.flower_record import MESSAGE_TYPE, payload_of
+from hospitium_server.paths import ARRIVALS, POSTED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from typing import TypeVar
 
     from flwr.app import RecordDict
@@ -63,8 +65,9 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 10.0
 OUTAGE_S = 180.0
 """For how long a SuperLink may be away before the study gives up; it goes on in a new run."""
-STALL_S = 20.0
-"""For how long a message may stand half there before it counts as lost."""
+HALF_S, STALL_S = 180.0, 20.0
+"""For how long an answer may be announced and not there, and there but for a part."""
+MANY_PARTS = 16
 PART_PAUSE_S = 0.05
 RETRY_S = (0.1, 0.2, 0.5, 1.0)
 OUTAGE_STATUS = (502, 503, 504)
@@ -82,6 +85,14 @@ class Letter:
     error: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Half:
+    """An answer whose parts may still be on their way."""
+
+    tree: ObjectTree
+    since: float
+
+
 class Mailbox:
     """The messages of one run; used by the one process that holds the run's token."""
 
@@ -96,8 +107,10 @@ class Mailbox:
             )
             for _ in range(2)
         )
+        self._address, self._plain = address, httpx.Client(timeout=30)
+        self._arrivals = 0
         self._node = NodeProto(node_id=SUPERLINK_NODE_ID)
-        self._halves: dict[str, tuple[Message, ObjectTree, float]] = {}
+        self._halves: dict[str, Letter | _Half] = {}
         self._closed = threading.Event()
         self.run_id = 0
 
@@ -123,8 +136,8 @@ class Mailbox:
             self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=outcome, details=details))
         except httpx.HTTPError as error:
             log.info("left without saying how it ended: %s", type(error).__name__)
-        self._client.close()
-        self._pulse.close()
+        for client in (self._client, self._pulse, self._plain):
+            client.close()
 
     def online(self) -> dict[bytes, int]:
         """Return the nodes that are online: public key (PEM) -> node id."""
@@ -152,34 +165,60 @@ class Mailbox:
                 lambda part: _patiently(lambda: self._client.PushObject(part)),
                 self._node, self.run_id, response.session_id,
             )  # fmt: skip
+            if len(parts) > MANY_PARTS:
+                self._ring()  # sites fetch the first parts while the last ones are on their way
             try:
                 push_objects(parts, push, object_ids_to_push=set(response.objects_to_push))
             except ObjectPushError as error:
                 raise HospitiumError("SuperLink: expected to take a whole message") from error
+        self._ring()
         return [name or None for name in response.message_ids]
 
-    def look(self, message_id: str) -> Letter | None:
-        """Return what came back for a message; None while there is nothing, or not all of it.
+    def arrived(self, message_ids: Collection[str]) -> Iterator[tuple[str, Letter]]:
+        """Yield (message id, what came back) of those messages whose answers are there.
 
-        At most one answer is held at a time, the one that this returns.
+        Answers are fetched one by one: only one is held at a time, the one that was yielded last.
         """
-        if message_id not in self._halves:
-            request = PullAppMessagesRequest(message_ids=[message_id])
-            response = _patiently(lambda: self._client.PullMessages(request))
-            if not response.messages_list:
-                return None
-            reply = message_from_proto(response.messages_list[0])
+        self._look(set(message_ids) - self._halves.keys())
+        for message_id in [name for name in self._halves if name in message_ids]:
+            half = self._halves[message_id]
+            if isinstance(half, Letter):
+                del self._halves[message_id]
+                yield message_id, half
+                continue
+            # A message's root is sent last: with it, all the rest is there or about to be.
+            root, is_known = self._part(half.tree.object_id)
+            if root is None and is_known and time.monotonic() - half.since < HALF_S:
+                continue
+            del self._halves[message_id]
+            yield message_id, self._collect(half.tree, root)
+
+    def wait(self) -> None:
+        """Wait until another answer arrived, or a moment."""
+        url = f"http://{self._address}{ARRIVALS}?{self._arrivals}"
+        with suppress(httpx.HTTPError, ValueError):
+            self._arrivals = int(self._plain.get(url).raise_for_status().text)
+            return
+        time.sleep(RETRY_S[1])  # the SuperLink is away
+
+    def _look(self, message_ids: Collection[str]) -> None:
+        """Ask which answers there are, without their content."""
+        if not message_ids:
+            return
+        request = PullAppMessagesRequest(message_ids=sorted(message_ids))
+        response = _patiently(lambda: self._client.PullMessages(request))
+        for proto, tree in zip(response.messages_list, response.message_object_trees, strict=True):
+            reply = message_from_proto(proto)
+            name = reply.metadata.reply_to_message_id
             if reply.has_error():
-                return Letter(error=reply.error.reason or "its node reports a fault")
-            tree = response.message_object_trees[0]
-            self._halves[message_id] = (reply, tree, time.monotonic())
-        _, tree, since = self._halves[message_id]
-        # A message's root is sent last: with it, all the rest is there or about to be.
-        root, known = self._part(tree.object_id)
-        if root is None and known and time.monotonic() - since < OUTAGE_S:
-            return None
-        del self._halves[message_id]
-        return self._collect(tree, root)
+                self._halves[name] = Letter(error=reply.error.reason or "its node reports a fault")
+            else:
+                self._halves[name] = _Half(tree=tree, since=time.monotonic())
+
+    def _ring(self) -> None:
+        """Wake up nodes that wait for a message; those that it misses ask by themselves."""
+        with suppress(httpx.HTTPError):
+            self._plain.get(f"http://{self._address}{POSTED}")
 
     def forget(self, message_ids: Collection[str]) -> None:
         """Stop waiting for answers to these messages."""
