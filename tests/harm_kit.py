@@ -8,8 +8,11 @@ import re
 import select
 import signal
 import socket
+import sqlite3
 import threading
 from pathlib import Path
+
+import psutil
 
 from hospitium_simulations.local_federation import Hospital, LocalFederation
 from hospitium_simulations.quick_study import PRIVATE, prepare_for_quick_studies, write_quick_study
@@ -51,28 +54,20 @@ def private_keys(federation: LocalFederation) -> set[bytes]:
     return found
 
 
-def children_of(pid: int) -> dict[int, str]:
-    """Return every descendant of a process and its command line."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found: dict[int, str] = {}
-    open_ids = [pid]
-    while open_ids:
-        for child in parents.get(open_ids.pop(), []):
-            with contextlib.suppress(OSError):
-                line = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ")
-                found[child] = line.decode(errors="replace").strip()
-                open_ids.append(child)
-    return found
+def trainings_booked(one: Hospital) -> int:
+    """How many trainings are in a hospital's ledger; looking does not get in its way."""
+    ledger = sqlite3.connect(f"file:{one.home / 'ledger.sqlite'}?mode=ro", uri=True)
+    with contextlib.closing(ledger):
+        query = "SELECT count(*) FROM spends WHERE kind = 'training'"
+        return int(ledger.execute(query).fetchone()[0])
 
 
 def child_of(pid: int, word: str) -> int:
-    """Return the one descendant whose command line has a word."""
-    matching = [child for child, line in children_of(pid).items() if word in line]
-    assert len(matching) == 1, f"expected one {word} under {pid}: {children_of(pid)}"
+    """Return the one descendant of a process whose command line has a word."""
+    children = psutil.Process(pid).children(recursive=True)
+    lines = {child.pid: " ".join(child.cmdline()) for child in children}
+    matching = [child for child, line in lines.items() if word in line]
+    assert len(matching) == 1, f"expected one {word} under {pid}: {lines}"
     return matching[0]
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from hospitium_client.enrolment import PinnedRosters
 from hospitium_client.fleet import Fleet
-from hospitium_client.keys import load_node_key
+from hospitium_client.keys import load_node_key, load_site_keys
 from hospitium_client.node import Node, Pace
 from hospitium_client.settings import SiteHome
 from hospitium_client.trainer import Trainer
@@ -105,6 +106,8 @@ class RogueHospital:
     def __init__(self, home: Path, tamper: Callable[[bytes, bytes], bytes]) -> None:
         self.home = SiteHome(home)
         self.key = load_node_key(self.home.node_key)
+        self.keys = load_site_keys(self.home.site_keys, lambda: b"")
+        self.coordinator = PinnedRosters(self.home).pinned().coordinator
         self.trainer = Trainer(self.home, passphrase=lambda: b"")
         self.tamper = tamper
         self._server = TrainerServer(self.home.socket, self._answer)
