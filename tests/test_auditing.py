@@ -68,7 +68,7 @@ def test_an_honest_run_holds_in_every_round_down_to_the_models(finished):
     assert "Nothing is broken in 4 round(s)" in done.output
     for told in (
         "version 2 is version 1 moved by this sum", "the normalisation is computed from this sum",
-        "the figures that are reported are these totals", "seeds of 4 survivors and 1 dropped sites",
+        "that are reported are these totals", "seeds of 4 survivors and 1 dropped sites",
         "follows round 32, and round 64 names its result",
     ):  # fmt: skip
         assert told in done.output
@@ -141,15 +141,7 @@ def summed_twice(directory):
 
 
 def other_model(directory):
-    """Change a model, and the digest of its file in the registry too."""
-    path = directory / "coordinator" / "version-0001.safetensors"
-    tensors = safetensors.numpy.load(path.read_bytes())
-    tensors["parameters"] = tensors["parameters"] + np.float32(0.001)
-    data = safetensors.numpy.save(tensors)
-    path.write_bytes(data)
-    with sqlite3.connect(directory / "coordinator" / "registry.sqlite") as database:
-        made = hashlib.sha256(data).hexdigest()
-        database.execute("UPDATE versions SET digest = ? WHERE number = 1", (made,))
+    rewritten(directory, 1, "parameters", lambda data: data + np.float32(0.001))
 
 
 LIES = {
@@ -176,6 +168,61 @@ def test_an_audit_names_a_coordinator_that(copy, lie):
     assert told in done.output
     assert "Do not trust round 32" in done.output
     assert named in done.output.split("The evidence names")[1]
+
+
+def rewritten(directory, number, name, change):
+    """Change one tensor of a version, and the digest of its file in the registry."""
+    path = directory / "coordinator" / f"version-{number:04d}.safetensors"
+    tensors = safetensors.numpy.load(path.read_bytes())
+    tensors[name] = change(tensors[name])
+    data = safetensors.numpy.save(tensors)
+    path.write_bytes(data)
+    with sqlite3.connect(directory / "coordinator" / "registry.sqlite") as database:
+        made = hashlib.sha256(data).hexdigest()
+        database.execute("UPDATE versions SET digest = ? WHERE number = ?", (made, number))
+
+
+def other_normalisation(directory):
+    rewritten(directory, 0, "normalisation", lambda data: data ^ (np.arange(len(data)) == 4))
+
+
+def other_figures(directory):
+    with sqlite3.connect(directory / "coordinator" / "registry.sqlite") as database:
+        database.execute("UPDATE evaluations SET totals = zeroblob(length(totals))")
+
+
+def models_never_sent(directory):
+    for number in (0, 1, 2):
+        rewritten(directory, number, "parameters", lambda data: data + np.float32(1))
+
+
+@pytest.mark.parametrize(
+    ("tell", "number", "told"),
+    [
+        (other_normalisation, 16, "the normalisation is another"),
+        (other_figures, 64, "the figures kept are others"),
+        (models_never_sent, 48, "no version of the registry was sent"),
+    ],
+    ids=["normalisation", "figures", "model sent"],
+)
+def test_what_came_of_a_sum_is_compared_with_the_registry(copy, tell, number, told):
+    tell(copy)
+    done = run_audit(copy, "--number", str(number))
+    assert done.exit_code == 1
+    assert told in done.output
+    assert "The evidence names the coordinator" in done.output
+
+
+def test_sites_of_several_groups_in_one_sum_are_noticed(copy):
+    path = copy / "coordinator" / "rounds" / "study.json"
+    document = json.loads(path.read_text())
+    document["study"]["robustness"]["groups"] = 3
+    document["study"]["cohort"]["maximum_sites"] = 9
+    path.write_text(json.dumps(document))
+    checks = {one.what: one for one in audit_round(archive_of(copy), TRAINING_1).checks}
+    once = checks["Every site is in one sum only"]
+    assert once.details == ("sites of several groups were summed together",)
+    assert once.blamed == (0,)
 
 
 def test_a_wrong_result_breaks_the_chain_of_the_round_after_too(copy):
