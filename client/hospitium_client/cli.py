@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hospitium_client import approval_cli, enrolment_cli, inclusion_cli, running_cli
+from hospitium_client.enrolment_cli import HERE, Home
 from hospitium_client.protection.ledger import Ledger
+from hospitium_client.settings import SiteHome
 from hospitium_common.errors import ConfigError
 
 app = typer.Typer(help="A hospital: its keys, its decisions, its processes.", no_args_is_help=True)
@@ -22,14 +24,21 @@ app.add_typer(inclusion_cli.app)
 
 @app.command("ledger")
 def show_ledger(
-    file: Annotated[Path, typer.Argument(help="A site's ledger.sqlite.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="A ledger.sqlite; else the one in this hospital's folder.")
+    ] = None,
+    home: Home = HERE,
     delta: Annotated[float, typer.Option(help="At which delta to state epsilon.")] = 1e-5,
 ) -> None:
     """Check the chain of a ledger and show what was spent; nothing is changed."""
     from hospitium_client.training.accounting import epsilon  # torch takes seconds to load
 
+    file = file or SiteHome(home).ledger
     if not file.exists():
-        raise ConfigError(f"{file}: expected a ledger, got nothing there")
+        raise ConfigError(
+            f"{file}: expected a ledger, got nothing there; nothing was trained here yet, or the "
+            "hospital's folder is elsewhere: --home"
+        )
     ledger = Ledger(file)
     spends = ledger.spends()
     ledger.close()
