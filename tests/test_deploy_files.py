@@ -8,19 +8,24 @@ knows of: which process has a network, which has the data, what the two share.
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
+import typer
 
-from hospitium_client.cli import NEW_POLICY
-from hospitium_client.policy import SitePolicy
+from hospitium_client.policy import NEW_POLICY, SitePolicy
 from hospitium_client.settings import SiteHome
 from hospitium_client.settings import settings_text as site_text
+from hospitium_common.cli import _application
 from hospitium_common.toml_file import read_toml
 from hospitium_server.settings import CoordinatorHome
 from hospitium_server.settings import settings_text as coordinator_text
@@ -433,3 +438,54 @@ def test_the_sample_settings_are_those_that_the_programs_read_and_write(tmp_path
     assert rules == SitePolicy()
     assert site.coordinator.address == coordinator.network.addresses[0]
     assert site.data.default == directives("trainer")["ReadOnlyPaths"][0]
+
+
+# --- runbook -------------------------------------------------------------------------------------
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Return every `hospitium …` command of a page as words, comments left out."""
+    blocks = text.split("```sh")[1:]
+    lines = [line for block in blocks for line in block.split("```")[0].splitlines()]
+    lines += [part for part in text.split("`") if part.startswith("hospitium ")]
+    return [
+        shlex.split(line[line.index("hospitium ") :], comments=True)[1:]
+        for line in lines
+        if re.match(r"(sudo -u \S+ /opt/hospitium/bin/)?hospitium ", line)
+    ]
+
+
+def test_every_command_of_the_runbook_exists_with_its_options() -> None:
+    known = typer.main.get_command(_application([]))
+    found = commands_in((DEPLOY / "RUNBOOK.md").read_text())
+    assert len(found) > 20
+    for words in found:
+        command: click.Command = known
+        rest = list(words)
+        while isinstance(command, click.Group):
+            assert rest, f"hospitium {' '.join(words)}: expected a command"
+            assert rest[0] in command.commands, f"hospitium {' '.join(words)}: no such command"
+            command = command.commands[rest.pop(0)]
+        options = {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
+        for word in rest:
+            assert not word.startswith("-") or word in options, f"hospitium {' '.join(words)}"
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_units_and_images_start_commands_that_exist(unit: str) -> None:
+    started = directives(unit)["ExecStart"][0].split()[1:]
+    image = stages((DEPLOY / "Dockerfile").read_text())[unit]
+    (default,) = [json.loads(rest) for word, rest in image if word == "CMD"]
+    (check,) = [json.loads(rest.partition("CMD ")[2]) for w, rest in image if w == "HEALTHCHECK"]
+    composed = services(
+        "compose.coordinator.yaml" if unit == "coordinator" else "compose.site.yaml"
+    )[unit].get("command", [])
+    checked = check[1:] if check[0] == "hospitium" else []
+    for words in (started, default, checked, composed):
+        command: click.Command = typer.main.get_command(_application([]))
+        rest = list(words)
+        while rest and isinstance(command, click.Group):
+            assert rest[0] in command.commands, words
+            command = command.commands[rest.pop(0)]
+        options = {name for one in command.params for name in one.opts}
+        assert {word for word in rest if word.startswith("-")} <= options, words
