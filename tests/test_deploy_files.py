@@ -432,7 +432,8 @@ def test_the_sample_settings_are_those_that_the_programs_read_and_write(tmp_path
     }
     for name, text in written.items():
         ours = (sample / f"{name}.toml").read_text()
-        assert dotted(tomllib.loads(ours)) == dotted(tomllib.loads(text)), name
+        there, wanted = dotted(tomllib.loads(ours)), dotted(tomllib.loads(text))
+        assert there == wanted, f"deploy/config/{name}.toml: a new key goes there too"
     rules = read_toml(SitePolicy, tmp_path / "policy.toml", what="a policy", remedy="")
     # The sample is as strict as the defaults.
     assert rules == SitePolicy()
