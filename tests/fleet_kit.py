@@ -66,8 +66,9 @@ class Coordinator:
         )
         app = application(order)
         self.state = app.state.linkstate_factory.state()
+        self._gate = Gate(app)
         config = uvicorn.Config(
-            PublicListener(Gate(app)), lifespan="off", log_config=None, access_log=False,
+            PublicListener(self._gate), lifespan="off", log_config=None, access_log=False,
             ssl_certfile=order.certificate, ssl_keyfile=order.private_key,
             timeout_graceful_shutdown=1,
         )  # fmt: skip
@@ -75,12 +76,14 @@ class Coordinator:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
         self._server = uvicorn.Server(config)
         self._server.capture_signals = contextlib.nullcontext
+        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
-            target=asyncio.run, args=(self._server.serve(sockets=[listening]),)
+            target=self._loop.run_until_complete, args=(self._server.serve(sockets=[listening]),)
         )
         self._thread.start()
 
     def stop(self):
+        self._loop.call_soon_threadsafe(self._gate.end)
         self._server.should_exit = True
         self._thread.join()
 
@@ -142,6 +145,7 @@ class Coordinator:
         for name, part in get_all_nested_objects(message).items():
             if name in missing:
                 assert self.state.store_object(run, session, name, part.deflate())
+        self._loop.call_soon_threadsafe(self._gate.questions.bell.ring)
         return message.object_id
 
     def reply(self, run, message_id, within_s=20.0):

@@ -18,6 +18,7 @@ from hospitium_client.node import Node, Pace, backoff_s, known_node_id
 from hospitium_client.trainer_service import TrainerServer
 from hospitium_common.errors import ConfigError, PeerProtocolError
 from hospitium_common.flower_record import LARGEST_VALUE, as_record, payload_of
+from hospitium_server import holding
 from hospitium_server.certificates import certificate_pem, make_ca
 from tests.fleet_kit import Coordinator
 
@@ -27,9 +28,11 @@ QUICK = Pace(busy_s=0.02, idle_s=0.1)
 @pytest.fixture(scope="module")
 def coordinator(tmp_path_factory):
     logging.getLogger("flwr").setLevel("ERROR")
+    held_s, holding.HOLD_S = holding.HOLD_S, 1.0
     running = Coordinator(tmp_path_factory.mktemp("coordinator"))
     yield running
     running.stop()
+    holding.HOLD_S = held_s
     logging.getLogger("flwr").setLevel("NOTSET")
 
 
@@ -55,7 +58,8 @@ class Site:
             self.coordinator.address, self.coordinator.authority, self.key,
             known_node_id(self.home),
         )  # fmt: skip
-        self.node = Node(fleet, self.home / "trainer.sock", self.home, QUICK)
+        self.stop = threading.Event()
+        self.node = Node(fleet, self.home / "trainer.sock", self.home, QUICK, self.stop)
         self.thread = threading.Thread(target=self.node.run)
         self.thread.start()
         while wait and not (self.home / "node.id").exists():
@@ -65,7 +69,7 @@ class Site:
         """Stop the node; without a goodbye it is as if it had been killed."""
         if not goodbye:
             self.node._fleet.close = lambda: None
-        self.node.stop()
+        self.stop.set()
         self.thread.join()
 
     def close(self):
@@ -157,6 +161,36 @@ def test_a_killed_node_is_back_at_once_and_finishes_what_was_under_way(coordinat
     assert payload_of(coordinator.reply(run, asked).content) == b"late x"
     while list((site.home / "under-way").iterdir()):
         time.sleep(0.01)
+
+
+def test_a_message_that_is_handed_out_twice_is_answered_once(coordinator, site):
+    gate, received = threading.Event(), []
+
+    def answer(data):
+        assert gate.wait(20)
+        return data
+
+    site.serve(answer)
+    site.connect()
+    receive = site.node._fleet.receive
+
+    def receive_again(now_ms):
+        if received:
+            return received[0]
+        found = receive(now_ms)
+        received.extend([found] if found else [])
+        return found
+
+    site.node._fleet.receive = receive_again
+    run = coordinator.begin_run()
+    asked = coordinator.send(run, site.node_id, b"x")
+    while not received:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    received.clear()
+    gate.set()
+    assert payload_of(coordinator.reply(run, asked).content) == b"x"
+    assert site.requests == [b"x"]
 
 
 def test_a_killed_node_that_forgot_its_number_waits_until_it_is_let_in(coordinator, site):

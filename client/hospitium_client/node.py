@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 MOST_AT_ONCE = 4
 """One exchange that trains, and room for study offers beside it."""
+HELD_S = 0.5
+"""A question that took longer was held by the coordinator until there is something to say."""
 FIRST_RETRY_S, LAST_RETRY_S = 0.2, 15.0
 NODE_ID, UNDER_WAY, ONLINE = "node.id", "under-way", "online"
 
@@ -59,57 +61,88 @@ def backoff_s(failures: int) -> float:
 
 
 class Node:
-    """One site's node. ``home`` keeps what a restart needs: its number, and what is under way."""
+    """One site's node. ``home`` keeps what a restart needs: its number, and what is under way.
 
-    def __init__(self, fleet: Fleet, socket: Path, home: Path, pace: Pace | None = None) -> None:
+    ``stop`` ends it soon after it is set.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        socket: Path,
+        home: Path,
+        pace: Pace | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
         self._fleet, self._home, self._pace = fleet, home, pace or Pace()
         self._config = {SOCKET_KEY: str(socket)}
-        self._stop = threading.Event()
+        self._stop = stop or threading.Event()
         self._under_way: set[str] = set()
         self._last_message = self._last_heartbeat = float("-inf")
 
-    def stop(self) -> None:
-        """Come to an end soon; may be called from a signal handler or another thread."""
-        self._stop.set()
-
     def run(self) -> None:
-        """Ask and answer until ``stop``; nothing that a network does ends this.
+        """Ask and answer until told to stop; nothing that a network does ends this.
 
         Raises:
             ConfigError: another node of this site is running.
+            HospitiumError: the disk is full.
         """
         with exclusive(self._home / "node.lock", "node"):
-            failures = 0
-            while not self._stop.is_set():
-                try:
-                    self._step()
-                    failures = 0
-                    pause_s = self._pace.pause_s(time.monotonic() - self._last_message)
-                except (Unreachable, NotEnrolled) as error:
-                    failures += 1
-                    self._fleet.is_online = self._fleet.is_online and isinstance(error, Unreachable)
-                    pause_s = backoff_s(failures)
-                    log.log(
-                        logging.WARNING if failures in (1, 5) else logging.DEBUG,
-                        "%s; trying again (attempt %d)", error, failures + 1,
-                    )  # fmt: skip
-                self._stop.wait(pause_s)
-            self._fleet.close()
+            failures: list[Exception] = []
 
-    def _step(self) -> None:
+            def ask() -> None:
+                try:
+                    self._ask()
+                except Exception as error:
+                    if not self._stop.is_set():  # else the line was closed under it
+                        failures.append(error)
+                        self._stop.set()
+
+            # The coordinator may hold a question for seconds: stopping must not wait for that.
+            threading.Thread(target=ask, name="questions", daemon=True).start()
+            self._stop.wait()
+            self._fleet.close()
+            if failures:
+                raise failures[0]
+
+    def _ask(self) -> None:
+        failures = 0
+        while not self._stop.is_set():
+            try:
+                pause_s = self._step()
+                failures = 0
+            except (Unreachable, NotEnrolled) as error:
+                failures += 1
+                self._fleet.is_online = self._fleet.is_online and isinstance(error, Unreachable)
+                pause_s = backoff_s(failures)
+                log.log(
+                    logging.WARNING if failures in (1, 5) else logging.DEBUG,
+                    "%s; trying again (attempt %d)", error, failures + 1,
+                )  # fmt: skip
+            self._stop.wait(pause_s)
+
+    def _step(self) -> float:
+        """Ask once for a message; return how long to wait before the next question."""
         if not self._fleet.is_online:
             self._go_online()
-        now = time.monotonic()
-        if now - self._last_heartbeat > HEARTBEAT_S / 2:
+        began = time.monotonic()
+        if began - self._last_heartbeat > HEARTBEAT_S / 2:
             self._fleet.heartbeat()
-            self._noted_online(now)
+            self._noted_online(began)
         if len(self._under_way) == MOST_AT_ONCE:
-            return
+            return self._pace.idle_s
         delivery = self._fleet.receive(int(time.time() * 1000))
-        if delivery is not None:
-            self._last_message = time.monotonic()
+        now = time.monotonic()
+        if delivery is None:
+            was_held = now - began > HELD_S
+            return self._pace.busy_s if was_held else self._pace.pause_s(now - self._last_message)
+        self._last_message = now
+        # The coordinator hands a message out again if it thinks that it was lost on the way.
+        if delivery.id not in self._under_way:
             write_durably(self._kept(delivery), delivery.encode())
-            self._begin(delivery)
+            if not self._stop.is_set():  # else the next start takes it up
+                self._begin(delivery)
+        return self._pace.busy_s
 
     def _go_online(self) -> None:
         self._fleet.go_online()

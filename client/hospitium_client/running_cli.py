@@ -125,15 +125,7 @@ def node(home: Home = HERE, socket: Socket = None) -> None:
         known_node_id(state),
     )  # fmt: skip
     pace = Pace(busy_s=settings.polling.busy_s, idle_s=settings.polling.idle_s)
-    running = Node(fleet, socket or folder.socket, state, pace)
-    stop = _stop_on_signals()
-
-    def pass_on() -> None:
-        stop.wait()
-        running.stop()
-
-    threading.Thread(target=pass_on, daemon=True).start()
-    running.run()
+    Node(fleet, socket or folder.socket, state, pace, _stop_on_signals()).run()
 
 
 @app.command()
