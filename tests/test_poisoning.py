@@ -174,7 +174,9 @@ def test_made_up_counts_cost_a_round_and_not_the_model(tmp_path, poisoning):
 def test_a_study_in_which_every_round_is_rejected_stops_and_says_what_to_do(tmp_path, poisoning):
     poisoning(scaled(100))
     study = study_of(rounds=8, robustness={"update_norm": 0.5, "most_rejected": 2})
-    with pytest.raises(StudyHalted, match=r"round 2: rejected.*last 2.*which site does harm"):
+    with pytest.raises(
+        StudyHalted, match=r"round 2: rejected.*last 2 rounds led nowhere.*which site"
+    ):
         run(study, tmp_path, sites=4)
     registry = Registry.open_existing(tmp_path / "coordinator")
     assert [made.model_of for made, _ in registry.history()] == [None, 0, 0]
@@ -203,6 +205,18 @@ def test_a_last_round_that_made_the_model_worse_is_undone_too(tmp_path, poisonin
     outcome = run(study_of(rounds=4, cohort=ROOM, robustness=GATED), tmp_path)
     assert withdrawn(outcome) == [4]
     assert outcome.result.last.number == 3
+
+
+def test_a_site_that_spoils_every_other_round_does_not_use_up_the_study(tmp_path):
+    poisons = tuple(Poison.parse(f"1:-40:{number}") for number in (4, 6))
+    options = SimulationOptions(masked=False, poisons=poisons)
+    study = study_of(rounds=9, cohort=ROOM, robustness=GATED)
+    with pytest.raises(StudyHalted, match=r"round 7: rejected.*The last 4 rounds led nowhere"):
+        run(study, tmp_path, options)
+    outcome = run(study, tmp_path)  # without the poison
+    assert withdrawn(outcome) == [4, 6]
+    assert rejected(outcome) == [5, 7]
+    assert outcome.result.test.auroc > 0.75
 
 
 def killed_when(monkeypatch, method, count):

@@ -89,7 +89,6 @@ class StudyRun:
         self._study, self._layout, self._tail_layout = study, layout, tail_layout
         self._registry, self._summing, self._watcher = registry, summing, watcher
         self._clock = clock
-        self._rejected_in_a_row = 0
 
     def run(self, first_parameters: NDArray[np.float32]) -> StudyResult:
         """Run every round that is not in the registry yet, then evaluate.
@@ -183,21 +182,21 @@ class StudyRun:
         return self._registry.standing(number)
 
     def _count_rejections(self, record: RoundRecord) -> None:
-        """Stop when round after round is rejected: somebody has to find out why.
+        """Stop when too many rounds led nowhere: somebody has to find out why.
+
+        A round that the gate takes back counts like one that is rejected at once.
 
         Raises:
-            StudyHalted: too many in a row.
+            StudyHalted: too many since the model moved last.
         """
-        most = self._study.robustness.most_rejected
         if not record.rejected:
-            self._rejected_in_a_row = 0
             return
         log.warning("training round %d is rejected: %s", record.round, record.rejected)
-        self._rejected_in_a_row += 1
-        if self._rejected_in_a_row >= most:
+        nowhere = record.round - (record.model_of or 0)
+        if nowhere >= self._study.robustness.most_rejected:
             raise StudyHalted(
-                f"training round {record.round}: rejected, as were all of the last {most} "
-                f"({record.rejected}). The model is that of version {record.model_of}. Find out "
+                f"training round {record.round}: rejected ({record.rejected}). The last {nowhere} "
+                f"rounds led nowhere, the model is that of version {record.model_of}. Find out "
                 "which site does harm and leave it out; run the study again to go on"
             )
 

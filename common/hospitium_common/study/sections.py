@@ -192,7 +192,8 @@ class Robustness(Section):
     up the updates of fixed groups of sites apart, and ``combine`` says how the groups' means
     become one; the price is that sums over a group's sites become visible. ``gate`` is the largest
     loss of ``gate_metric`` on validation patients that one round may bring; after a larger one the
-    model goes back to the one before.
+    model goes back to the one before. After ``most_rejected`` rounds that led nowhere the study
+    waits for a person.
     """
 
     update_norm: Positive | None = None
