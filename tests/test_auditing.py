@@ -19,6 +19,7 @@ from hospitium_common.archive import RoundArchive
 from hospitium_common.auditing import audit_round
 from hospitium_common.errors import ConfigError
 from hospitium_common.messages import Masked, decode
+from hospitium_common.study.document import canonical_json
 from hospitium_common.transcript import Transcript, announced
 from hospitium_server.audit_cli import audit
 from hospitium_simulations.faults import Fault
@@ -276,11 +277,23 @@ def test_an_archive_holds_what_it_was_given_and_names_the_last_result(finished):
     assert [message.site for message in archive.vectors(TRAINING_2, 1)] == [1, 2, 3, 4]
     (last,) = archive.transcripts(64)
     assert archive.last_result() == last.result == announced([last.result])
-    study, words = archive.study()
-    assert study.digest == study_of(rounds=2).digest
-    assert words == len(next(archive.vectors(64, 1)).tail) // 8
+    archived = archive.study()
+    assert archived.digest == archived.study.digest == study_of(rounds=2).digest
+    assert archived.tail_words == len(next(archive.vectors(64, 1)).tail) // 8
     with pytest.raises(ConfigError, match="expected round 7, got rounds 16, 32, 48, 64"):
         archive.transcripts(7)
+
+
+def test_a_study_that_was_signed_before_an_option_existed_keeps_its_digest(copy):
+    path = copy / "coordinator" / "rounds" / "study.json"
+    document = json.loads(path.read_text())
+    del document["study"]["robustness"]  # as if written by a version that did not know it
+    path.write_text(json.dumps(document))
+    archived = archive_of(copy).study()
+    older = hashlib.sha256(canonical_json(document["study"])).digest()
+    assert archived.digest == archived.policy(TRAINING_1).study == older
+    assert archived.study == study_of(rounds=2)
+    assert archived.study.digest != older
 
 
 def test_an_archive_with_other_files_in_it_is_refused(copy):

@@ -17,10 +17,9 @@ from hospitium_client.protection.receipts import (
 )
 from hospitium_common.archive import RoundArchive
 from hospitium_common.errors import ConfigError, PeerProtocolError
-from hospitium_common.schedule import secagg_policy
 
 if TYPE_CHECKING:
-    from hospitium_common.study import Study
+    from hospitium_common.archive import ArchivedStudy
 
 app = typer.Typer()
 
@@ -45,7 +44,7 @@ def check_inclusion(
     found = read_receipts(home)
     if not found:
         raise ConfigError(f"{home}: expected receipts of this hospital, got none")
-    study, tail_words = archive.study()
+    archived = archive.study()
     table = Table(title=f"{len(found)} masked vectors left site {found[0].site}",
                   title_justify="left")  # fmt: skip
     for column in ("round", "attempt", "", "what was found"):
@@ -53,7 +52,7 @@ def check_inclusion(
     broken = 0
     for receipt in found:
         try:
-            mark, told = "[green]counted[/]", _look(receipt, archive, study, tail_words)
+            mark, told = "[green]counted[/]", _look(receipt, archive, archived)
             if told:
                 mark = "–"
         except PeerProtocolError as error:
@@ -68,7 +67,7 @@ def check_inclusion(
     console.print("Every vector that is in a finished round was counted, and told alike to all.")
 
 
-def _look(receipt: Receipt, archive: RoundArchive, study: Study, tail_words: int) -> str:
+def _look(receipt: Receipt, archive: RoundArchive, archived: ArchivedStudy) -> str:
     """Return nothing if the vector was counted, or why it is in no sum.
 
     Raises:
@@ -83,7 +82,7 @@ def _look(receipt: Receipt, archive: RoundArchive, study: Study, tail_words: int
     mine = [one for one in transcripts if one.task.attempt == receipt.attempt]
     if not mine:
         return "this attempt came to nothing; the round was finished by another"
-    policy = secagg_policy(study, tail_words, receipt.round)
+    policy = archived.policy(receipt.round)
     roster = archive.roster(mine[0].roster_digest)
     counted = check_receipt(receipt, mine[0], roster, policy)
     return "" if counted else "counted without this site: its answer was late, or was left out"

@@ -14,22 +14,45 @@ do not hold its pair seeds, and those were erased at the sites.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hospitium_common.durable import write_durably
 from hospitium_common.errors import ConfigError, HospitiumError, PeerProtocolError
 from hospitium_common.messages import Masked, decode
 from hospitium_common.roster import Roster
+from hospitium_common.schedule import secagg_policy
 from hospitium_common.study import Study
+from hospitium_common.study.document import canonical_json
 from hospitium_common.transcript import Transcript, announced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from hospitium_common.secagg.policy import SecAggPolicy
+
 FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchivedStudy:
+    """A study of an archive, and how many words the tails of its rounds have.
+
+    ``digest`` is that of the document as it was signed. A later version of this program may know
+    more options than the document has; the digest of ``study`` would count their defaults too.
+    """
+
+    study: Study
+    digest: bytes
+    tail_words: int
+
+    def policy(self, number: int) -> SecAggPolicy:
+        """Return the policy under which a round ran."""
+        return replace(secagg_policy(self.study, self.tail_words, number), study=self.digest)
 
 
 class RoundArchive:
@@ -113,8 +136,8 @@ class RoundArchive:
                 raise PeerProtocolError(f"{path}: expected a masked vector, got another message")
             yield message
 
-    def study(self) -> tuple[Study, int]:
-        """Return the study, and how many words its tails have.
+    def study(self) -> ArchivedStudy:
+        """Return the study as it was when its rounds ran.
 
         Raises:
             ConfigError: there is no archive here.
@@ -124,7 +147,11 @@ class RoundArchive:
             document = json.loads(path.read_bytes())
             if document["format"] != FORMAT:
                 raise ValueError("another format")
-            return Study.model_validate(document["study"]), int(document["tail_words"])
+            return ArchivedStudy(
+                study=Study.model_validate(document["study"]),
+                digest=hashlib.sha256(canonical_json(document["study"])).digest(),
+                tail_words=int(document["tail_words"]),
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path}: expected the study of an archive of rounds, got none that can be read"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hospitium_common.errors import PeerProtocolError
 from hospitium_common.messages import Purpose
-from hospitium_common.schedule import group_of, secagg_policy
+from hospitium_common.schedule import group_of
 from hospitium_common.transcript import (
     Transcript,
     announced,
@@ -88,9 +88,9 @@ def audit_round(archive: RoundArchive, number: int) -> RoundAudit:
         ConfigError: the archive does not hold this round.
         PeerProtocolError: a file of it is something else.
     """
-    study, tail_words = archive.study()
+    archived = archive.study()
     transcripts = archive.transcripts(number)
-    policy = secagg_policy(study, tail_words, number)
+    policy = archived.policy(number)
     rosters = [archive.roster(one.roster_digest) for one in transcripts]
     sums, sum_check = _sums(archive, transcripts, rosters, policy)
     return RoundAudit(
@@ -101,7 +101,7 @@ def audit_round(archive: RoundArchive, number: int) -> RoundAudit:
             _signatures(transcripts, rosters, policy),
             _seeds(transcripts, rosters, policy),
             sum_check,
-            _once(transcripts, study),
+            _once(transcripts, archived.study),
             _chain(archive, number, transcripts),
         ),
         sums=sums,

@@ -53,7 +53,7 @@ def audit(
     console = Console(soft_wrap=True, highlight=False)
     home = directory / "rounds" if (directory / "rounds").is_dir() else directory
     archive = RoundArchive(home)
-    study, _ = archive.study()
+    study = archive.study().study
     trusted = _trusted(roster, governance)
     registry = _registry(home.parent)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -23,6 +24,13 @@ from hospitium_common.study.sections import (
     Task,
     Training,
 )
+
+
+def canonical_json(document: Mapping[str, Any]) -> bytes:
+    """Return the one byte string for a document (RFC 8785's rules for a study's types)."""
+    return json.dumps(
+        document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 class Study(Section):
@@ -140,10 +148,7 @@ class Study(Section):
 
     def canonical(self) -> bytes:
         """Return the one byte string that stands for this study."""
-        document = self.model_dump(mode="json")
-        return json.dumps(
-            document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-        ).encode()
+        return canonical_json(self.model_dump(mode="json"))
 
     @property
     def is_private(self) -> bool:
