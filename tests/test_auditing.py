@@ -388,6 +388,7 @@ def test_transcripts_of_another_story_do_not_hold(copy, tmp_path):
     done = inclusion(copy, 1, tmp_path / "other" / "coordinator")
     assert done.exit_code == 1
     assert "the coordinator told two stories" in done.output
+    assert "is it another study?" in done.output
 
 
 def test_a_site_notices_that_its_vector_is_not_the_one_that_was_counted(copy):
@@ -397,6 +398,7 @@ def test_a_site_notices_that_its_vector_is_not_the_one_that_was_counted(copy):
     done = inclusion(copy, 1)
     assert done.exit_code == 1
     assert "its vector is not in the announced sum" in done.output
+    assert "another study" not in done.output
     keep_receipt(home, replace(first, previous_result=bytes([1]) * 64))
     assert "another previous result" in inclusion(copy, 1).output
 

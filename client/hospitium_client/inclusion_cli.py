@@ -39,7 +39,8 @@ def check_inclusion(
     enough hospitals confirm that sum, was the task the one that this hospital got, and does the
     next task name the announced result. Ends with status 1 if anything is broken.
     """
-    home = receipts / "receipts" if (receipts / "receipts").is_dir() else receipts
+    places = (receipts / "receipts", receipts / "session" / "receipts", receipts)
+    home = next((place for place in places if place.is_dir()), receipts)
     archive = RoundArchive(rounds / "rounds" if (rounds / "rounds").is_dir() else rounds)
     found = read_receipts(home)
     if not found:
@@ -62,6 +63,8 @@ def check_inclusion(
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     if broken:
+        if not any(archive.has_roster(receipt.roster) for receipt in found):
+            console.print("No round ran under a roster of these receipts: is it another study?")
         console.print("[bold red]The coordinator's story does not hold.[/] Keep both folders.")
         raise typer.Exit(1)
     console.print("Every vector that is in a finished round was counted, and told alike to all.")

@@ -172,6 +172,10 @@ class RoundArchive:
             raise PeerProtocolError(f"{path}: expected the roster of these rounds, got another")
         return roster
 
+    def has_roster(self, digest: bytes) -> bool:
+        """Whether any round ran under this roster."""
+        return self._roster_file(digest).exists()
+
     def last_result(self) -> bytes:
         """Return the announced result of the last finished round, which the next task names."""
         numbers = self.rounds()
