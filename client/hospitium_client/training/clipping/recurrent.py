@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from hospitium_client.training.clipping.recording import Recording
 
 
+CACHED = 1 << 18
+"""Gates are worked on in parts of about this many numbers, which stay in cache."""
+
+
 def recorded_states(layer: nn.LSTM | nn.GRU, inputs: Tensor, recording: Recording) -> Tensor:
     """Return the layer's states ``[batch, time, hidden]`` like the layer itself does.
 
@@ -47,8 +51,16 @@ def recorded_states(layer: nn.LSTM | nn.GRU, inputs: Tensor, recording: Recordin
     return states.transpose(0, 1) if layer.batch_first else states
 
 
-def _sum_of_biases(bias_in: Tensor | None, bias_across: Tensor | None) -> Tensor | None:
-    return None if bias_in is None or bias_across is None else bias_in + bias_across
+def _sum_of_biases(bias_in: Tensor | None, bias_across: Tensor | None, into: Tensor) -> Tensor:
+    if bias_in is None or bias_across is None:
+        return into.new_zeros(into.shape[1])
+    return bias_in + bias_across
+
+
+def _parts(gates: Tensor) -> list[slice]:
+    """Cut ``[time, ...]`` into parts that stay in cache while they are worked on."""
+    steps, number = len(gates), max(1, CACHED // max(1, gates[0].numel()))
+    return [slice(begin, min(begin + number, steps)) for begin in range(0, steps, number)]
 
 
 def _states_from_zero(inputs: Tensor, size: int) -> Tensor:
@@ -72,26 +84,27 @@ class _Lstm(torch.autograd.Function):
         twice = weight_in.new_ones(4 * size)
         twice[2 * size : 3 * size] = 2.0  # the cell gate's tanh as a sigmoid
         into, across = weight_in.t() * twice, weight_across.t() * twice
-        bias = _sum_of_biases(bias_in, bias_across)
-        flat = inputs.flatten(0, 1)
-        gates = flat @ into if bias is None else torch.addmm(bias * twice, flat, into)
-        gates = gates.view(steps, batch, 4 * size)
+        bias = _sum_of_biases(bias_in, bias_across, into) * twice
+        gates = inputs.new_empty(steps, batch, 4 * size)
         hidden, cells = (_states_from_zero(inputs, size) for _ in range(2))
         curved = inputs.new_empty(steps, batch, size)
         minus = inputs.new_tensor(-1.0)
         before, *later = hidden.unbind(0)
         old, *changed = cells.unbind(0)
-        for gate, four, now, new, curve in zip(
-            gates, gates.view(steps, batch, 4, size).unbind(0), later, changed, curved, strict=True
-        ):
-            enter, forget, fresh, out = four.unbind(1)
-            gate.addmm_(before, across).sigmoid_()
-            torch.mul(forget, old, out=new)
-            new.addcmul_(enter, fresh, value=2.0).sub_(enter)
-            torch.mul(new, 2.0, out=curve).sigmoid_()
-            torch.add(minus, curve, alpha=2.0, out=curve)
-            torch.mul(out, curve, out=now)
-            before, old = now, new
+        for part in _parts(gates):
+            torch.addmm(bias, inputs[part].flatten(0, 1), into, out=gates[part].flatten(0, 1))
+            four = gates[part].view(-1, batch, 4, size).unbind(0)
+            for gate, (enter, forget, fresh, out), now, new, curve in zip(
+                gates[part], (step.unbind(1) for step in four), later[part], changed[part],
+                curved[part], strict=True,
+            ):  # fmt: skip
+                gate.addmm_(before, across).sigmoid_()
+                torch.mul(forget, old, out=new)
+                new.addcmul_(enter, fresh, value=2.0).sub_(enter)
+                torch.mul(new, 2.0, out=curve).sigmoid_()
+                torch.add(minus, curve, alpha=2.0, out=curve)
+                torch.mul(out, curve, out=now)
+                before, old = now, new
         kept: Any = ctx
         kept.kept = inputs, gates, hidden, cells, curved
         kept.recording = recording
@@ -102,36 +115,51 @@ class _Lstm(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept: Any = ctx
         inputs, gates, hidden, cells, curved = kept.kept
-        weight_across = kept.parameters.weight_across
-        steps, batch, size = curved.shape
-        slopes = torch.addcmul(gates, gates, gates, value=-1.0)  # s − s²
-        enter, forget, fresh, out = gates.view(steps, batch, 4, size).unbind(2)
-        of_enter, of_forget, of_fresh, of_out = slopes.view(steps, batch, 4, size).unbind(2)
-        zero, minus = inputs.new_tensor(0.0), inputs.new_tensor(-1.0)
-        torch.addcmul(zero, of_fresh, enter, value=4.0, out=of_fresh)
-        of_enter.mul_(torch.add(minus, fresh, alpha=2.0, out=fresh))
-        of_forget.mul_(cells[:-1])
-        of_out.mul_(curved)
-        through_cell = torch.addcmul(out, out, curved.square_(), value=-1.0, out=out)
+        weight_in, weight_across = kept.parameters.weight_in, kept.parameters.weight_across
         d_cell, d_hidden = torch.zeros_like(curved[0]), torch.zeros_like(curved[0])
-        inner = slopes.view(steps, batch, 4, size)[:, :, :3]
-        all_steps = (slopes, inner, of_out, grads[0], through_cell, forget)
-        for slope, within, last, given, through, keep in zip(
-            *(reversed(values.unbind(0)) for values in all_steps), strict=True
-        ):
-            d_hidden += given
-            d_cell.addcmul_(d_hidden, through)
-            within *= d_cell[:, None]
-            last *= d_hidden
-            d_cell *= keep
-            torch.mm(slope, weight_across, out=d_hidden)
+        for part in reversed(_parts(gates)):
+            through = _gate_slopes(gates[part], cells[part], curved[part])
+            of_gates = gates[part].view(*through[0].shape[:2], 4, -1)
+            for gate, of_three, of_out, given, through_cell, forget in zip(
+                *(
+                    reversed(values.unbind(0))
+                    for values in (
+                        gates[part], of_gates[:, :, :3], of_gates[:, :, 3], grads[0][part], *through
+                    )
+                ),
+                strict=True,
+            ):  # fmt: skip
+                d_hidden += given
+                d_cell.addcmul_(d_hidden, through_cell)
+                of_three *= d_cell[:, None]
+                of_out *= d_hidden
+                d_cell *= forget
+                torch.mm(gate, weight_across, out=d_hidden)
         kept.recording.contributions.append(
-            RecurrentGradients(kept.parameters, inputs, hidden[:-1], slopes)
+            RecurrentGradients(kept.parameters, inputs, hidden[:-1], gates)
         )
         needed = ctx.needs_input_grad[0]  # type: ignore[attr-defined]  # torch sets it
-        d_inputs = slopes @ kept.parameters.weight_in if needed else None
+        d_inputs = gates @ weight_in if needed else None
         kept.kept = None
         return d_inputs, torch.zeros_like(kept.recording.anchor), *[None] * 5
+
+
+def _gate_slopes(gates: Tensor, cells: Tensor, curved: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn a part's gates ``[time, batch, 4 · hidden]`` into their slopes, in place.
+
+    The first three are per change of the cell, the last is per change of the state. Returns how
+    a state changes with its cell, and how a cell changes with the one before.
+    """
+    steps, batch, size = curved.shape
+    enter, forget, fresh, out = gates.clone().view(steps, batch, 4, size).unbind(2)
+    of_enter, of_forget, of_fresh, of_out = gates.view(steps, batch, 4, size).unbind(2)
+    zero, minus = gates.new_tensor(0.0), gates.new_tensor(-1.0)
+    gates.addcmul_(gates, gates, value=-1.0)  # s − s²
+    torch.addcmul(zero, of_fresh, enter, value=4.0, out=of_fresh)
+    of_enter.mul_(torch.add(minus, fresh, alpha=2.0, out=fresh))
+    of_forget.mul_(cells)
+    of_out.mul_(curved)
+    return torch.addcmul(out, out, curved.square_(), value=-1.0, out=out), forget
 
 
 class _Gru(torch.autograd.Function):
