@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from starlette.types import Message, Receive
 
-HOLD_S = 10.0
-"""Well below the half minute after which Flower's clients, and most proxies, lose patience."""
+HOLD_S = 5.0
+"""Far below the half minute after which clients and proxies lose patience; a node that is stopped
+waits for it."""
 UNFETCHED_S = 3.0
 """A node fetches what it was handed within milliseconds."""
 MOST_DELIVERIES = 16

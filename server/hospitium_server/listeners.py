@@ -114,11 +114,11 @@ class PublicListener:
                 body, receive, lambda: gate.answer(scope, body, receive)
             )
         sent = await gate.answer(scope, body, receive)
-        if sent and sent[0].get("status") == 200:
-            if path == PULL_OBJECT:
-                gate.questions.on_fetch(body)
-            elif path == CONFIRM:  # the last thing that a node does with a message
-                gate.arrivals.ring()
+        status = sent[0].get("status") if sent else None
+        if path == PULL_OBJECT and status in (200, 403):  # 403: its run is over
+            gate.questions.on_fetch(body)
+        elif path == CONFIRM and status == 200:  # the last thing that a node does with a message
+            gate.arrivals.ring()
         return sent
 
 

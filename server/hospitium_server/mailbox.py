@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import httpx
 from flwr.app import Message
 from flwr.app.message.message import remove_content_from_message
-from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
 from flwr.proto.node_pb2 import Node as NodeProto
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
     from typing import TypeVar
 
-    from flwr.app import RecordDict
+    from flwr.app import Error, RecordDict
     from flwr.proto.message_pb2 import ObjectTree
     from flwr.supercore.inflatable.inflatable_object import InflatableObject
     from flwr.supercore.protobuf.client import ProtobufClientInterceptor
@@ -68,6 +68,7 @@ OUTAGE_S = 180.0
 HALF_S, STALL_S = 180.0, 20.0
 """For how long an answer may be announced and not there, and there but for a part."""
 MANY_PARTS = 16
+LONGEST_REASON = 80
 PART_PAUSE_S = 0.05
 RETRY_S = (0.1, 0.2, 0.5, 1.0)
 OUTAGE_STATUS = (502, 503, 504)
@@ -211,7 +212,7 @@ class Mailbox:
             reply = message_from_proto(proto)
             name = reply.metadata.reply_to_message_id
             if reply.has_error():
-                self._halves[name] = Letter(error=reply.error.reason or "its node reports a fault")
+                self._halves[name] = Letter(error=_reason(reply.error))
             else:
                 self._halves[name] = _Half(tree=tree, since=time.monotonic())
 
@@ -269,6 +270,15 @@ class Mailbox:
                 log.info("no heartbeat: %s", type(error).__name__)
 
 
+def _reason(error: Error) -> str:
+    """Say why there is no answer, in our words where Flower has it from its own books."""
+    if error.code == ErrorCode.NODE_UNAVAILABLE:
+        return "its node's heartbeat stopped"
+    if error.code in (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE):
+        return "no answer before the deadline"
+    return f"its node reports: {error.reason[:LONGEST_REASON]!r}"
+
+
 def _patiently(call: Callable[[], T]) -> T:
     """Call the SuperLink, and wait for it when it is away.
 
@@ -294,6 +304,7 @@ def _patiently(call: Callable[[], T]) -> T:
                 raise HospitiumError(
                     f"SuperLink: expected it back within {OUTAGE_S:.0f} s, it is not"
                 ) from error
-            log.info("the SuperLink is away: %s", type(error).__name__)
+            if tries == 0:
+                log.info("the SuperLink is away: %s; trying again", type(error).__name__)
         time.sleep(RETRY_S[min(tries, len(RETRY_S) - 1)])
         tries += 1

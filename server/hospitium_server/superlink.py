@@ -218,6 +218,8 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("flwr").propagate = False
     update_console_handler(level=logging.WARNING, timestamps=True, colored=False)
+    for handler in logging.getLogger("flwr").handlers:
+        handler.addFilter(lambda record: "][ApiError:" not in record.getMessage())  # see listeners
     order = SuperLinkOrder.decode(sys.stdin.buffer.readline())
     end_with_the_service()
     with asyncio.Runner(
