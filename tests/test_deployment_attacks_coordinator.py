@@ -144,6 +144,19 @@ def test_a_roster_that_governance_did_not_sign_is_refused(scene: Scene) -> None:
     assert "expected the signature of the governance key" in scene.log()
 
 
+def test_a_governance_key_of_its_own_gives_the_coordinator_nothing(scene: Scene) -> None:
+    evil, own = scene.evil, Ed25519PrivateKey.generate()
+    _, offer = scene.new_study("approved")
+    theirs = replace(evil.roster, version=6, governance=own.public_key().public_bytes_raw())
+    lying = replace(offer, roster=theirs.signed_by(own).encode())
+    # It takes a person at the hospital, and a telephone call, to change governance.
+    assert evil.say(1, scene.study.digest, lying) == Standing(
+        state=StudyState.ROSTER_WAITING, roster_version=5
+    )
+    assert pinned(scene) == evil.roster
+    assert "has other keys for the coordinator" in scene.log()
+
+
 def test_a_substituted_key_waits_for_a_person_even_if_governance_signed_it(scene: Scene) -> None:
     evil = scene.evil
     _, offer = scene.new_study("approved")
