@@ -21,7 +21,7 @@ from hospitium_common.secagg.context import model_digest
 from hospitium_common.secagg.fixed_point import sum_to_reals
 from hospitium_common.transcript import announced
 from hospitium_server.secure_sum import GroupSum, RoundTotals
-from hospitium_server.steps import RoundInput, take_step
+from hospitium_server.steps import RoundInput, model_of, take_step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,23 +50,31 @@ def check_models(audit: RoundAudit, registry: Registry, study: Study) -> tuple[C
 
 
 def _sent(audit: RoundAudit, registry: Registry) -> tuple[Version | None, Check]:
-    """Find the version that was sent: the first one that fits, later ones are copies of it.
+    """Find the version that was sent, newest first; of copies of one model the first.
 
     An evaluation may be of the moving average that a version carries.
     """
     what = "The model that was sent is a version of the registry"
     named = {one.task.model_digest for one in audit.transcripts}
-    for number, _, _ in registry.lineage():
+    numbers = [number for number, _, _ in registry.lineage()]
+    if audit.purpose is Purpose.TRAIN:
+        numbers = [number for number in numbers if number < _training_round(audit)]
+    for number in reversed(numbers):
         version = registry.load(number)
-        models = {f"version {number}": version.parameters}
+        models = {f"version {model_of(version)}": version.parameters}
         if audit.purpose is Purpose.EVALUATE and len(version.optimizer.average):
             average = version.optimizer.average.astype(np.float32)
             models[f"the moving average up to version {number}"] = average
         for name, model in models.items():
             if {model_digest(audit.purpose, model.tobytes(), version.normalisation)} == named:
-                return version, check(what, [], name)
+                first = registry.load(model_of(version))
+                return first, check(what, [], name)
     fault = PeerProtocolError("no version of the registry was sent in this round", COORDINATOR)
     return None, check(what, [fault], "")
+
+
+def _training_round(audit: RoundAudit) -> int:
+    return audit.number // NUMBERS_PER_STAGE - STATISTICS_STAGE
 
 
 def _totals(audit: RoundAudit) -> RoundTotals:
@@ -84,7 +92,7 @@ def _totals(audit: RoundAudit) -> RoundTotals:
 
 
 def _model(audit: RoundAudit, registry: Registry, study: Study, sent: Version) -> Check:
-    number = audit.number // NUMBERS_PER_STAGE - STATISTICS_STAGE
+    number = _training_round(audit)
     if number not in {one for one, _, _ in registry.lineage()}:
         return Check(what=MADE, outcome="not checked", details=("its version is not there yet",))
     made = registry.load(number)
