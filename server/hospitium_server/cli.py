@@ -15,6 +15,7 @@ from hospitium_common.study.signature import sign_study
 from hospitium_server import enrolment_cli, serve_cli
 from hospitium_server.keys import load_key
 from hospitium_server.registry import Registry
+from hospitium_server.round_rows import outcome
 from hospitium_server.settings import CoordinatorHome
 
 app = typer.Typer(help="Found a federation, enroll hospitals, sign studies.", no_args_is_help=True)
@@ -41,17 +42,19 @@ def sign(
 def models(
     directory: Annotated[Path, typer.Argument(help="A run's coordinator/ directory.")],
 ) -> None:
-    """List a study's model versions, how each does, and who made it."""
+    """List a study's model versions, how each does, who made it, and whether it was used."""
     registry = Registry.open_existing(directory)
     history, lineage = registry.history(), registry.lineage()
     registry.close()
     if not history:
         raise ConfigError(f"{directory}: expected at least one model version, got none yet")
     table = Table(title=str(directory), title_justify="left")
-    for column in ("version", "sites", "validation AUROC", "loss", "SHA-256", "made from"):
+    for column in (
+        "version", "sites", "validation AUROC", "loss", "update", "SHA-256", "made from",
+    ):  # fmt: skip
         table.add_column(column)
     for (made, seen), (number, digest, parent) in zip(history, lineage, strict=True):
         scores = ("", "") if seen is None else (f"{seen.auroc:.3f}", f"{seen.loss:.3f}")
         sites = ", ".join(str(site) for site in made.survivors)
-        table.add_row(str(number), sites, *scores, digest[:12], parent[:12])
+        table.add_row(str(number), sites, *scores, outcome(made), digest[:12], parent[:12])
     Console().print(table)
