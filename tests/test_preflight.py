@@ -14,10 +14,13 @@ from typer.testing import CliRunner
 
 from hospitium_client import preflight, preflight_line
 from hospitium_client.approvals import approve_study
+from hospitium_client.data.loading import load_records
 from hospitium_client.enrolment import PinnedRosters
+from hospitium_client.policy import SitePolicy
 from hospitium_client.preflight import Verdict, check_site, memory_limit
 from hospitium_client.preflight_line import check_line
 from hospitium_client.protection.ledger import Ledger, Spend
+from hospitium_client.rehearsal import rehearse
 from hospitium_client.running_cli import app
 from hospitium_client.studies import receive
 from hospitium_client.work import SiteWork
@@ -25,7 +28,7 @@ from hospitium_common.errors import HospitiumError
 from hospitium_common.study.signature import signature_path
 from hospitium_common.toml_file import with_text_value
 from hospitium_server.certificates import certificate_pem, key_pem, make_ca, make_server_certificate
-from tests.site_kit import Hospitals
+from tests.site_kit import STUDY, Hospitals
 
 
 def ignore(what):
@@ -305,3 +308,22 @@ def test_the_command_shows_the_findings_and_fails_if_one_is_bad(hospitals, home,
     done = CliRunner().invoke(app, ["preflight", "--home", str(home.path), "--node"])
     assert isinstance(done.exception, HospitiumError)
     assert "not ready: address" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        'mode = "dp"\nepsilon = 8.0',
+        'mode = "dp"\nepsilon = 8.0\nnoise = "distributed"\nhonest_sites = 2\ndelta = 1e-3',
+    ],
+)
+def test_a_dry_run_works_for_private_studies_too(tmp_path, privacy):
+    study = STUDY.replace('mode = "none"', privacy)
+    if "distributed" in privacy:
+        study = study.replace("local_epochs = 1", "local_steps = 1\nsampling_rate = 0.25")
+    hospitals = Hospitals(tmp_path, count=1, study=study)
+    records = load_records(hospitals.homes[1].path / "records", hospitals.study)
+    policy = SitePolicy(minimum_sites=3, allow_distributed_noise=True)
+    place = tmp_path / "dry-run"
+    place.mkdir()
+    rehearse(hospitals.study, records, policy, place)
