@@ -13,7 +13,7 @@ from hospitium_common.errors import ConfigError, HospitiumError, LocalProtocolEr
 from hospitium_server import registry as registry_module
 from hospitium_server.aggregation import OptimizerState
 from hospitium_server.evaluation import Figures
-from hospitium_server.registry import Registry, RoundRecord, Version
+from hospitium_server.registry import GroupRecord, Registry, RoundRecord, Version
 
 STUDY, OTHER, LAYOUT = bytes(32), bytes([1]) * 32, bytes([2]) * 32
 
@@ -271,6 +271,51 @@ def test_every_version_names_the_digest_of_the_one_before(registry):
     assert [parent for _, _, parent in lineage] == ["", *(made for _, made, _ in lineage[:-1])]
     for number, digest, _ in lineage:
         assert digest == hashlib.sha256(file_of(registry, number).read_bytes()).hexdigest()
+
+
+def test_a_version_that_keeps_an_older_model_names_that_one_as_its_parent(registry):
+    filled(registry, 3)
+    registry.withdraw([2], "worse")
+    registry.save(version(3, record=replace(RECORD, round=3, rejected="bad", model_of=1)))
+    lineage = registry.lineage()
+    assert lineage[3][2] == lineage[1][1]
+    assert registry.standing(3).number == 3
+    assert registry.standing(2).number == 1
+
+
+def test_what_was_withdrawn_is_said_with_every_version_and_stays_said(registry):
+    filled(registry, 3)
+    registry.withdraw([1, 2], "worse")
+    registry.withdraw([2], "again")
+    reopened = again(registry)
+    assert [made.withdrawn for made, _ in reopened.history()] == ["", "worse", "worse"]
+    assert reopened.load(2).record.withdrawn == "worse"
+    assert reopened.latest().number == 2
+    reopened.close()
+
+
+def test_scores_and_evaluations_are_kept(registry):
+    filled(registry)
+    registry.note_score(0, 0.5)
+    registry.note_score(1, math.nan)
+    registry.note_score(0, 0.25)
+    totals = np.array([1, 2**63, 3], np.uint64)
+    registry.keep_evaluation(1, totals)
+    registry.keep_evaluation(1, totals + np.uint64(1))  # the first stays
+    reopened = again(registry)
+    assert reopened.scores()[0] == 0.25
+    assert math.isnan(reopened.scores()[1])
+    np.testing.assert_array_equal(reopened.evaluation(1), totals)
+    assert reopened.evaluation(0) is None
+    assert len(reopened.evaluations()) == 1
+    reopened.close()
+
+
+def test_groups_and_all_other_figures_of_a_round_come_back_as_they_were(registry):
+    group = GroupRecord(survivors=(1, 3), weight=7, norm=0.5, norm_bound=2.0, rejected="late")
+    record = replace(RECORD, round=0, groups=(group,), records=9, scaled_down=2, model_of=0)
+    registry.save(version(0, record=record))
+    assert again(registry).load(0).record == record
 
 
 def test_a_model_file_says_by_itself_where_it_comes_from(registry):

@@ -189,7 +189,8 @@ class Registry:
             "optimizer.average": version.optimizer.average,
             "normalisation": np.frombuffer(version.normalisation, np.uint8),
         }
-        parent = self._digest_of(version.number - 1)
+        kept = version.record.model_of  # an update that was not used: the model is an older one
+        parent = self._digest_of(version.number - 1 if kept is None else kept)
         metadata = {"study": self._study, "layout": self._layout, "parent": parent}
         data = safetensors.numpy.save(tensors, {**metadata, "version": str(version.number)})
         write_durably(self._file(version.number), data)
