@@ -230,7 +230,7 @@ most {test.auroc_error:.4f}.</p>
 {rounds}
 <p><i>norm</i> is the length of the mean update, <i>allowed</i> the longest that hospitals keeping
 to the study could make; <i>rounding</i> is a bound on the error of the masked sum relative to the
-update; round 0 added up the statistics for normalisation.</p>
+update, and to the privacy noise in it; round 0 added up the statistics for normalisation.</p>
 <h2>What was not used?</h2>{rejections}
 <div class="pair">{picture("norms.png", "Norm of the mean update and its bound by round")}</div>
 <h2>What is it, and what was promised?</h2><dl>{facts}</dl>
