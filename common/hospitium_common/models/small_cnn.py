@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from hospitium_common.study.schema import SmallCnn
 
 
+SMALLEST_NORM = 1e-4
+"""Added to a filter's norm before anything is divided by it."""
+
+
+def standardised(weights: Tensor) -> Tensor:
+    """Return filters ``[out, in, height, width]`` of mean 0 and norm 1 from such weights."""
+    flat = weights.flatten(1)
+    centred = flat - flat.mean(dim=1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    return (centred / (norms + SMALLEST_NORM)).view_as(weights)
+
+
 class StandardisedConv2d(nn.Conv2d):
     """A convolution whose filters have mean 0 and norm 1, whatever its weights (Qiao et al. 2019).
 
@@ -20,11 +32,8 @@ class StandardisedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``[batch, out, height, width]``."""
-        flat = self.weight.flatten(1)  # [out, in * height * width]
-        centred = flat - flat.mean(dim=1, keepdim=True)
-        filters = centred / (torch.linalg.vector_norm(centred, dim=1, keepdim=True) + 1e-4)
         return functional.conv2d(
-            input, filters.view_as(self.weight), self.bias, self.stride, self.padding
+            input, standardised(self.weight), self.bias, self.stride, self.padding
         )
 
 

@@ -19,6 +19,7 @@ from hospitium_client.training.clipping.contributions import (
     gram_norms,
     without,
 )
+from hospitium_client.training.clipping.standardised import Standardised
 from hospitium_client.training.clipping.written import Taps, Written
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch.nn.modules.conv import _ConvNd
 
     from hospitium_client.training.clipping.recording import Recording
+    from hospitium_common.models.small_cnn import StandardisedConv2d
 
 FEW_CHANNELS = 4
 """Up to here the whole batch unfolded is small, and serves both the forward and the gradients."""
@@ -61,6 +63,15 @@ def transposed_convolution(layer: _ConvNd, inputs: Tensor, grads: Tensor) -> Con
     """Return the contribution of a transposed convolution: one with the two ends swapped."""
     images = functional.pad(grads, list(layer._reversed_padding_repeated_twice))
     return Written(layer, images=images, signals=inputs, of_bias=_bias_gradients(layer, grads))
+
+
+def standardised_convolution(
+    layer: StandardisedConv2d, inputs: Tensor, grads: Tensor
+) -> Contribution:
+    """Return the contribution of a convolution whose filters are functions of its weights."""
+    images = functional.pad(inputs, list(layer._reversed_padding_repeated_twice))
+    of_bias = _bias_gradients(layer, grads)
+    return Standardised(layer, Written(layer, images=images, signals=grads, of_bias=of_bias))
 
 
 def _single_pixels(layer: _ConvNd, inputs: Tensor, grads: Tensor) -> Contribution:

@@ -75,7 +75,8 @@ def contributions(
     whose output does not reach the losses contributes nothing.
     """
     if inputs.dim() == IMAGES:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        # A copy: of one channel, both layouts look alike until the strides say which it is.
+        inputs = torch.empty_like(inputs, memory_format=torch.channels_last).copy_(inputs)
     with _recording(model, inputs) as recorder:
         losses = loss_of(model(inputs))
         recorder.check_all_seen()

@@ -11,8 +11,10 @@ from torch.nn import functional
 from hospitium_client.training.clipping.contributions import Instantiated, OuterProducts
 from hospitium_client.training.clipping.convolution import (
     convolution,
+    standardised_convolution,
     transposed_convolution,
 )
+from hospitium_common.models.small_cnn import StandardisedConv2d
 
 if TYPE_CHECKING:
     from hospitium_client.training.clipping.contributions import Contribution
@@ -29,6 +31,8 @@ def contribution(layer: nn.Module, inputs: Tensor, grads: Tensor) -> Contributio
         return convolution(layer, inputs, grads)
     if type(layer) in TRANSPOSED and isinstance(layer, TRANSPOSED):
         return transposed_convolution(layer, inputs, grads)
+    if type(layer) is StandardisedConv2d:
+        return standardised_convolution(layer, inputs, grads)
     if type(layer) is nn.LayerNorm:
         return _layer_norm(layer, inputs, grads)
     if type(layer) is nn.Embedding and layer.padding_idx is None:
