@@ -94,11 +94,14 @@ def trainer(
     server.start()
     log.info("the trainer answers on %s", socket or folder.socket)
     stop.wait()
-    if not server.stop(TRAINER_GRACE_S):
+    if server.stop(TRAINER_GRACE_S):
+        served.close()
+    else:
         log.warning("a training was given up; it starts over when the trainer is back")
-        logging.shutdown()
-        os._exit(0)  # the thread that trains cannot be ended; all that counts is on disk
-    served.close()
+    logging.shutdown()
+    # A thread that trains cannot be ended, and torch takes seconds to be taken down. All that
+    # counts is on disk.
+    os._exit(0)
 
 
 @app.command()
