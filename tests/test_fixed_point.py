@@ -46,7 +46,7 @@ def test_every_value_is_rounded_as_the_formula_says(values, bits, bound):
     words, clipped = quantise(
         values, Quantiser(lengths=(len(values),), bounds=(bound,)), policy, KEY
     )
-    real, limit = rounding.real_type(bits), largest_value(policy) - 1
+    real, limit = rounding.real_type(bits, wraps=False), largest_value(policy) - 1
     dither = np.frombuffer(keystream(KEY, 2 * len(values)), np.uint16)
     factor = limit * 2**16 / bound
     scaled = values.astype(real) * real(factor)

@@ -72,7 +72,7 @@ def quantise(
     factors = [limit * FINE / bound for bound in quantiser.bounds]
     scaling = _Scaling(values, quantiser.lengths, factors)
     if quantiser.rotation:
-        scaled = np.empty(len(values), real_type(policy.ring_bits))
+        scaled = np.empty(len(values), real_type(policy.ring_bits, wraps=wraps))
         scaling.write(0, scaled)
         _on_mixed(scaled, quantiser, partial(rotate, threads=threads))
         scaling = _Scaling(scaled, (len(scaled),), (1.0,))

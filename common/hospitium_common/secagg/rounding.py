@@ -32,11 +32,11 @@ class Rounding:
         self, ring_bits: RingBits, limit: int, dither_key: bytes, begin: int, *, wraps: bool
     ) -> None:
         """``begin`` is where in the vector the stretch begins, a multiple of 8."""
-        self._ring_bits, self._wraps = ring_bits, wraps
+        self._ring_bits, self._wraps, real = ring_bits, wraps, real_type(ring_bits, wraps=wraps)
         self._top = float(limit * FINE)
         self._dither = Keystream(dither_key, 2 * begin)
-        self._whole = np.empty(CHUNK, np.int32 if ring_bits == 16 else np.float64)
-        self.room = np.empty(CHUNK, real_type(ring_bits))
+        self._whole = np.empty(CHUNK, np.int32)
+        self.room = np.empty(CHUNK, real)
 
     def round(self, scaled: NDArray[Any], words: NDArray[Any]) -> int:
         """Round ``scaled``, which is overwritten, to ``words``; return how many were clipped.
@@ -55,27 +55,31 @@ class Rounding:
                 clipped = int(np.count_nonzero(np.abs(scaled) > self._top))
                 np.clip(scaled, -self._top, self._top, out=scaled)
         dither, whole = self._dither.words(len(scaled)), self._whole[: len(scaled)]
-        if self._ring_bits == 16 and not (beyond and self._wraps):
+        if scaled.dtype == np.float32:
             np.rint(scaled, out=scaled)
             np.copyto(whole, scaled, casting="unsafe")  # |whole| < 2^31: limit < 2^15
             np.add(whole, dither, out=whole)
             np.right_shift(whole, 16, out=whole)
             np.copyto(words, whole, casting="unsafe")
         else:
-            _round_wide(scaled.astype(np.float64, copy=False), dither, words, self._ring_bits)
+            _round_wide(scaled, dither, words, self._ring_bits)
         return clipped
 
 
-def real_type(ring_bits: RingBits) -> type[np.float32] | type[np.float64]:
-    """What scaled values are computed in: at most 31 bits matter in a 16-bit ring, else 47."""
-    return np.float32 if ring_bits == 16 else np.float64
+def real_type(ring_bits: RingBits, *, wraps: bool) -> type[np.float32] | type[np.float64]:
+    """What scaled values are computed in.
+
+    In a 16-bit ring they have at most 31 bits, of which a float32 update knows 24; wider rings have
+    47, and values that wrap around may have any number.
+    """
+    return np.float32 if ring_bits == 16 and not wraps else np.float64
 
 
 def _round_wide(
     scaled: NDArray[np.float64], dither: NDArray[np.uint16], words: NDArray[Any],
     ring_bits: RingBits,
 ) -> None:  # fmt: skip
-    """Round values of any size; those beyond the ring wrap around it."""
+    """Round values of any size, in place; those beyond the ring wrap around it."""
     np.add(scaled, dither, out=scaled)
     np.add(scaled, 0.5, out=scaled)
     np.multiply(scaled, 1 / FINE, out=scaled)
