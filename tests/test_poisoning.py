@@ -272,13 +272,29 @@ def test_masked_groups_give_the_same_model_as_plain_ones_up_to_rounding(tmp_path
     assert [group.survivors for group in masked.record.groups] == [(1, 4, 7), (2, 5, 8), (3, 6, 9)]
 
 
-def test_a_group_below_the_floor_ends_the_round_and_nothing_else_is_lost(tmp_path):
+def test_a_group_below_the_floor_leaves_every_group_masked(tmp_path):
     study = study_of(rounds=2, **GROUPS)
     options = SimulationOptions(faults=(Fault.parse("drop:2:ready:2"),))
-    with pytest.raises(HospitiumError, match=r"3 groups of 3 sites, 2 came to a sum.*is lost"):
+    with pytest.raises(HospitiumError, match=r"3 groups of 3 sites, 0 came.*Nothing was revealed"):
         run(study, tmp_path, options)
     outcome = run(study, tmp_path, MASKED)
-    assert [made.lost for made, _ in outcome.history] == [False, False, True]
+    assert not any(made.lost for made, _ in outcome.history)
+    assert len(outcome.history[2][0].groups) == 3
+
+
+def test_groups_wait_for_one_that_needs_another_attempt(tmp_path):
+    """Two of five fall silent after READY: three are left, enough for a new attempt by themselves.
+
+    Until then the other groups stay masked, and hand in the same words under fresh masks.
+    """
+    study = study_of(rounds=1, robustness={"groups": 3}, cohort={"maximum_sites": 15})
+    silent = (Fault.parse("drop:2:masked:1"), Fault.parse("drop:5:masked:1"))
+    outcome = run(study, tmp_path, SimulationOptions(faults=silent), sites=15)
+    made = outcome.history[1][0]
+    assert made.attempts == 2
+    assert [len(group.survivors) for group in made.groups] == [5, 5, 3]
+    archive = RoundArchive(tmp_path / "coordinator" / "rounds")
+    assert sorted(one.task.attempt for one in archive.transcripts(32)) == [4, 5, 6]
 
 
 def test_a_fourth_group_stands_in_for_one_that_is_gone(tmp_path):
@@ -299,7 +315,7 @@ def test_too_few_sites_for_three_groups_start_no_training(tmp_path):
 def test_one_group_alone_is_not_taken_for_a_median(tmp_path, monkeypatch):
     study = study_of(rounds=1, **GROUPS)
     gone = tuple(Fault.parse(f"drop:{site}:ready:1") for site in (2, 3, 5, 6, 8, 9))
-    with pytest.raises(HospitiumError, match=r"3 groups of 3 sites, 1 came to a sum"):
+    with pytest.raises(HospitiumError, match=r"3 groups of 3 sites, 0 came to a sum"):
         run(study, tmp_path / "masked", SimulationOptions(faults=gone))
     one = "hospitium_simulations.plain_sum.groups"
     monkeypatch.setattr(one, lambda sites, study: (tuple(sites)[:3],))

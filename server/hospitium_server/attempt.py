@@ -66,14 +66,22 @@ class Attempt:
         """Take the confirmation of a site."""
         self._run_of[site].on_ack(answer)
 
-    def unmasking_requests(self) -> dict[int, bytes]:
-        """Return exchange D's request to every site; none if no group was confirmed."""
+    def unmasking_requests(self, least: int) -> dict[int, bytes]:
+        """Return exchange D's request to every site; none if fewer groups than ``least`` are left.
+
+        Then nothing is revealed, and all of them can be tried again.
+        """
 
         def request(run: Unmasking) -> dict[int, bytes]:
             confirmed = run.unmask_request()
             return _to_all(confirmed.acks, confirmed)
 
-        return self._each(request)
+        requests = self._each(request)
+        if len(self._runs) >= least:
+            return requests
+        for run in list(self._runs):
+            self._set_aside(run, PeerProtocolError("too few other groups were confirmed"))
+        return {}
 
     def on_shares(self, site: int, answer: Shares) -> None:
         """Take the shares of a site."""

@@ -161,10 +161,10 @@ class SecureSum:
         wanted = fewest_groups(self._study) if plan.purpose is Purpose.TRAIN else 1
         done: list[RoundSum] = []
         count = 0
-        while invited and count < MOST_ATTEMPTS:
+        while invited and len(done) + len(invited) >= wanted and count < MOST_ATTEMPTS:
             count += 1
             self._exchanges.missing = {}
-            attempt = self._attempt(plan, roster, previous, invited)
+            attempt = self._attempt(plan, roster, previous, invited, wanted - len(done))
             missing |= self._exchanges.missing
             done += attempt.sums
             invited = [self._who_is_left(error, sites, missing) for sites, error in attempt.failed]
@@ -289,8 +289,10 @@ class SecureSum:
         return roster
 
     def _attempt(
-        self, plan: RoundPlan, roster: Roster, previous: bytes, invited: Iterable[list[int]]
-    ) -> Attempt:
+        self, plan: RoundPlan, roster: Roster, previous: bytes, invited: Iterable[list[int]],
+        least: int,
+    ) -> Attempt:  # fmt: skip
+        """Run the four exchanges; unmask only if at least that many groups can be."""
         policy = secagg_policy(self._study, self._tail_layout.length, plan.number)
         runs = []
         for sites in invited:
@@ -308,7 +310,7 @@ class SecureSum:
         ask(attempt.cohort_requests(), Masked, attempt.on_masked, cohort.exchange_s)
         self._exchanges.missing |= attempt.excluded
         ask(attempt.confirmation_requests(), Ack, attempt.on_ack, cohort.exchange_s)
-        asked = attempt.unmasking_requests()
+        asked = attempt.unmasking_requests(least)
         if asked:
             self._begin_unmasking(plan.number)
         ask(asked, Shares, attempt.on_shares, cohort.exchange_s)
@@ -320,16 +322,18 @@ class SecureSum:
         done: Sequence[RoundSum],
     ) -> str:  # fmt: skip
         least, lost = self._study.cohort.minimum_sites, set(missing) & set(there)
-        if done:
-            return (
-                f"round {plan.number}: expected at least {fewest_groups(self._study)} groups of "
-                f"{least} sites, {len(done)} came to a sum ({_reasons(missing)}). The round is "
-                "lost: run the study again, it goes on with the next"
-            )
+        fewest = fewest_groups(self._study)
+        wanted, got = f"{least} sites", f"{len(there) - len(lost)} answered"
+        if plan.purpose is Purpose.TRAIN and fewest > 1:
+            wanted, got = f"{fewest} groups of {least} sites", f"{len(done)} came to a sum"
+        then = (
+            "The round is lost: run the study again, it goes on with the next"
+            if done
+            else "Nothing was revealed and what was finished is kept: run the study again when "
+            "the sites are back"
+        )
         return (
-            f"round {plan.number}: expected at least {least} sites, {len(there) - len(lost)} "
-            f"answered ({_reasons(missing)}). Nothing was revealed and what was finished is kept: "
-            "run the study again when the sites are back"
+            f"round {plan.number}: expected at least {wanted}, {got} ({_reasons(missing)}). {then}"
         )
 
 
