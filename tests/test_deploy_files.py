@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -337,6 +336,7 @@ def test_users_and_directories_are_made_as_the_units_expect(tmp_path: Path) -> N
     tmpfiles = tool("systemd-tmpfiles")
     run(tmpfiles, "--create", f"--root={tmp_path}", systemd / "hospitium.tmpfiles.conf")
     assert (tmp_path / "var/lib/hospitium/site").stat().st_mode & 0o7777 == 0o700
+    assert (tmp_path / "var/lib/hospitium/coordinator").stat().st_mode & 0o7777 == 0o700
     assert (tmp_path / "run/hospitium").stat().st_mode & 0o7777 == 0o2750
 
 
@@ -361,6 +361,35 @@ def test_the_node_is_given_three_files_of_the_site_and_no_other(tmp_path: Path) 
     refused = run(script, site, node, owner)
     assert refused.returncode == 1
     assert "pinned/ca.pem: expected" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "user"),
+    [
+        (["site", "init", "St. Anna"], "hospitium-trainer"),
+        (["data", "check"], "hospitium-trainer"),
+        (["coordinator", "roster"], "hospitium-coordinator"),
+        (["study", "list"], "hospitium-coordinator"),
+    ],
+)
+def test_each_command_is_run_as_the_user_of_its_home(
+    command: list[str], user: str, tmp_path: Path
+) -> None:
+    seen = tmp_path / "runuser"
+    seen.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    seen.chmod(0o755)
+    done = subprocess.run(
+        [DEPLOY / "hospitium.sh", *command], capture_output=True, text=True, check=True,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    words = done.stdout.splitlines()
+    assert words[:3] == ["-u", user, "--"]
+    assert words[-len(command) :] == command
+    homes = {word.partition("=")[2] for word in words if "_HOME=" in word}
+    assert homes == {
+        directives("trainer")["Environment"][0].partition("SITE_HOME=")[2],
+        directives("coordinator")["Environment"][0].partition("COORDINATOR_HOME=")[2],
+    }
 
 
 # --- firewall ------------------------------------------------------------------------------------
@@ -452,7 +481,7 @@ def commands_in(text: str) -> list[list[str]]:
     return [
         shlex.split(line[line.index("hospitium ") :], comments=True)[1:]
         for line in lines
-        if re.match(r"(sudo -u \S+ /opt/hospitium/bin/)?hospitium ", line)
+        if line.startswith("hospitium ")
     ]
 
 
