@@ -294,6 +294,19 @@ def test_networks_from_monai_train_privately(network, dimensions):
     assert_exact(model, torch.randn(2, 1, *[side] * dimensions))
 
 
+@pytest.mark.parametrize("case", list(CASES))
+def test_everything_is_computed_where_the_model_is(case):
+    """On torch's device without memory, one tensor made on the processor would raise."""
+    study = study_for(case)
+    model, inputs = build(study).to("meta"), inputs_for(study, 3).to("meta")
+    found, losses = contributions(model, inputs, lambda logits: logits.square().sum(1))
+    factors = losses.new_ones(3)
+    assert all(one.squared_norms().shape == (3,) for one in found)
+    sums = {id(p): (p, total) for one in found for p, total in one.weighted_sum(factors)}
+    assert sums.keys() == {id(p) for p in model.parameters()}
+    assert all(total.is_meta and total.shape == p.shape for p, total in sums.values())
+
+
 def test_frozen_parameters_are_left_out():
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.Flatten(), nn.Linear(96, 2))
     for parameter in model[0].parameters():
