@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -80,7 +79,8 @@ class PayloadHash:
 
     def __init__(self, label: bytes, buffers: int) -> None:
         """``buffers`` is how many there will be."""
-        self._hash = hashlib.blake2b(encode_parts(label, buffers))
+        self._hash = hashes.Hash(hashes.BLAKE2b(64))
+        self._hash.update(encode_parts(label, buffers))
 
     def begin(self, length: int) -> None:
         """Announce a buffer of so many bytes; its pieces follow."""
@@ -91,8 +91,8 @@ class PayloadHash:
         self._hash.update(piece)
 
     def digest(self) -> bytes:
-        """Return the 64 bytes."""
-        return self._hash.digest()
+        """Return the 64 bytes; nothing can be added after that."""
+        return self._hash.finalize()
 
 
 def payload_digest(label: bytes, *buffers: bytes | memoryview) -> bytes:
