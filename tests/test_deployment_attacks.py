@@ -206,6 +206,19 @@ def test_the_control_listener_wants_its_token_even_on_the_coordinators_machine(
         assert elsewhere.connect_ex(("127.0.0.2", port)) != 0
 
 
+def test_an_endless_body_is_cut_off_before_it_fills_the_memory(federation: LocalFederation) -> None:
+    host, port = public(federation).removeprefix("https://").split(":")
+    piece = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
+    for path in ("GET /health", "GET /v1/fleet/pull-messages", "POST /v1/fleet/pull-messages"):
+        raw = socket.create_connection((host, int(port)), timeout=60)
+        with trusting(federation).wrap_socket(raw, server_hostname=host) as stranger:
+            head = f"{path} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+            stranger.sendall(head.encode())
+            with pytest.raises(OSError, match=r"reset|Broken pipe|EOF|closed"):
+                for _ in range(100):
+                    stranger.sendall(piece)
+
+
 def test_old_tls_and_plain_http_are_refused(federation: LocalFederation) -> None:
     context = trusting(federation)
     context.maximum_version = ssl.TLSVersion.TLSv1_2

@@ -183,11 +183,13 @@ class _Refusals:
 def _length_status(scope: Scope) -> int:
     """413 for a body that is too long, 411 for one that does not say how long it is, else 200.
 
-    The HTTP parser below us holds a client to the length that it announced.
+    The HTTP parser below us holds a client to the length that it announced. A GET has no body here:
+    one in chunks could go on for ever.
     """
-    if scope["method"] in ("GET", "HEAD"):
-        return 200
     lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    if scope["method"] in ("GET", "HEAD"):
+        in_chunks = any(name == b"transfer-encoding" for name, _ in scope["headers"])
+        return 413 if in_chunks or any(value != b"0" for value in lengths) else 200
     if len(lengths) != 1 or not lengths[0].isdigit():
         return 411
     return 413 if int(lengths[0]) > LARGEST_BODY else 200
