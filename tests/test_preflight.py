@@ -125,6 +125,15 @@ def test_a_dry_run_that_runs_out_of_memory_is_seen(hospitals, home, monkeypatch)
     assert (found.verdict, found.found) == (Verdict.BAD, "ran out of memory")
 
 
+def test_a_device_that_is_not_there_is_seen(hospitals, home):
+    approve_study(home.policy, arrive(hospitals, home).study)
+    settings = home.settings_file.read_text()
+    home.settings_file.write_text(settings.replace('device = "cpu"', 'device = "cuda:999"'))
+    found = site_findings(home)["dry run of small-study"]
+    assert found.verdict is Verdict.BAD
+    assert "cuda:999" in found.found
+
+
 def test_a_fault_in_the_round_is_seen(hospitals, home, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("patient 4711")

@@ -159,6 +159,7 @@ def _check_study(
     # torch takes seconds to load, and checks of the line do without it
     from hospitium_client.data.loading import load_records
     from hospitium_client.rehearsal import rehearse
+    from hospitium_client.training.device import device_named
 
     name = stored.study.study.id
     note(f"data of {name}")
@@ -176,8 +177,9 @@ def _check_study(
     note(f"dry run of {name}")
     began = time.monotonic()
     try:
+        device = device_named(home.settings().compute.device)
         with tempfile.TemporaryDirectory(prefix="hospitium-") as place:
-            rehearse(stored.study, records, policy, Path(place))
+            rehearse(stored.study, records, policy, Path(place), device)
     except HospitiumError as error:
         yield bad(f"dry run of {name}", str(error))
     except MemoryError:
@@ -190,7 +192,9 @@ def _check_study(
         )  # fmt: skip
     else:
         took_s = time.monotonic() - began
-        yield good(f"dry run of {name}", f"a masked round and a training step, {took_s:.1f} s")
+        yield good(
+            f"dry run of {name}", f"a masked round and a training step on {device}, {took_s:.1f} s"
+        )
 
 
 def _check_memory() -> Finding:

@@ -17,6 +17,7 @@ from hospitium_client.protection import masking
 from hospitium_client.protection.ledger import Ledger
 from hospitium_client.protection.site_state import SiteState
 from hospitium_client.session import Session
+from hospitium_client.training.device import PROCESSOR
 from hospitium_client.work import SiteWork
 from hospitium_common.entropy import system_entropy
 from hospitium_common.errors import HospitiumError
@@ -51,6 +52,8 @@ from hospitium_common.secagg.quantiser import Quantiser
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
     from hospitium_client.data.records import Records
     from hospitium_client.policy import SitePolicy
     from hospitium_common.roster import Roster
@@ -66,8 +69,14 @@ class _OneStep(Exception):  # noqa: N818 - not an error: enough was seen
     """Raised after the first step of training."""
 
 
-def rehearse(study: Study, records: Records, policy: SitePolicy, folder: Path) -> None:
-    """Run one round and one step of training in an empty ``folder``.
+def rehearse(
+    study: Study,
+    records: Records,
+    policy: SitePolicy,
+    folder: Path,
+    device: torch.device = PROCESSOR,
+) -> None:
+    """Run one round and one step of training in an empty ``folder``, on the site's device.
 
     Raises:
         HospitiumError: what a real round would stumble over.
