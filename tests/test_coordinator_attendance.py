@@ -163,7 +163,7 @@ def test_waiting_for_too_few_sites_ends_and_says_how_many_there_were(tmp_path):
         scene.present(transport)
     assert scene.folder.status().state is State.WAITING
     # It was asked again and again, but not all the time.
-    assert 300 < sum(3 in offer for offer in transport.offers) < 500
+    assert 100 < sum(3 in offer for offer in transport.offers) < 200
 
 
 def test_a_refusal_or_garbage_instead_of_a_standing_is_no_approval(scene):

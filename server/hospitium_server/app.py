@@ -22,6 +22,7 @@ from hospitium_common.archive import RoundArchive
 from hospitium_common.errors import ConfigError, HospitiumError, StudyHalted
 from hospitium_common.first_model import load_first_model
 from hospitium_common.metrics import TailLayout
+from hospitium_common.study.signature import check_signature, sign_study
 from hospitium_server.attendance import Attendance
 from hospitium_server.bulletin import Bulletin
 from hospitium_server.conclusion import conclude
@@ -118,6 +119,9 @@ class StudyProcess:
         )  # fmt: skip
         self.bulletin = Bulletin(folder, self._rosters(), self._attendance.doubt)
         key = load_key(home.coordinator_key)
+        self._public = key.public_key().public_bytes_raw()
+        if check_signature(self._study, folder.file) != self._public:
+            sign_study(self._study, folder.file, key)  # the coordinator's key was rotated
         self._transport = GridTransport(
             mailbox=mailbox, study=self._study.digest, key=key, roster=self._rosters,
             listener=self.bulletin, check=self._check,
@@ -176,7 +180,10 @@ class StudyProcess:
             time.sleep(0.1)
 
     def _present(self) -> Presence:
-        return self._attendance.present(self._transport, self.bulletin)
+        there = self._attendance.present(self._transport, self.bulletin)
+        if there.federation.coordinator != self._public:
+            raise RunEnded("the coordinator's key was rotated: it goes on under the new one")
+        return there
 
     def _sum(self, plan: RoundPlan) -> RoundTotals:
         self._interruption.check()

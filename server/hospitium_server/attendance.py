@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 OFFER_S = 60.0
 """How long an offer is good for; a site that is busy answers when it can."""
-FIRST_ASK_S, LAST_ASK_S = 1.0, 10.0
-"""Pauses between two offers to a site that does not stand ready: doubled each time."""
+FIRST_ASK_S, LAST_ASK_S, ASK_GROWTH = 0.5, 30.0, 1.3
+"""Pauses between two offers to a site that does not stand ready: each so much longer."""
 LOOK_S = 0.1
 REPORT_S = 600.0
 STATES = {
@@ -151,10 +151,10 @@ class Attendance:
         for site in online.keys() - busy:
             if self._ready.get(site) == roster.version:
                 continue
-            last, pause = self._asked.get(site, (-1e9, FIRST_ASK_S / 2))
+            last, pause = self._asked.get(site, (-1e9, FIRST_ASK_S))
             if now - last >= pause:
                 wanted.append(site)
-                self._asked[site] = (now, min(2 * pause, LAST_ASK_S))
+                self._asked[site] = (now, min(ASK_GROWTH * pause, LAST_ASK_S))
         if wanted:
             document, signature = self._folder.offer()
             offer = StudyOffer(

@@ -49,7 +49,7 @@ publisher = "hospitium"
 fab-include = ["/README.md"]
 
 [tool.flwr.app.components]
-serverapp = "hospitium_server.app:app"
+serverapp = "hospitium_server.app:main"
 clientapp = "hospitium_client.app:app"
 
 [tool.flwr.app.config]

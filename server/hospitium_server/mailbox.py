@@ -276,7 +276,7 @@ def _reason(error: Error) -> str:
         return "its node's heartbeat stopped"
     if error.code in (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE):
         return "no answer before the deadline"
-    return f"its node reports: {error.reason[:LONGEST_REASON]!r}"
+    return f"its node reports: {(error.reason or '')[:LONGEST_REASON]!r}"
 
 
 def _patiently(call: Callable[[], T]) -> T:

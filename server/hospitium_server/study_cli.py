@@ -80,7 +80,11 @@ def watch(study: StudyId, home: Home = HERE) -> None:
     Leaving with Ctrl-C does not touch the study.
     """
     folder = CoordinatorHome(home)
-    ended = watch_study(_look(folder, study), Console())
+    try:
+        ended = watch_study(_look(folder, study), Console())
+    except KeyboardInterrupt:
+        Console().print("No longer watching; the study goes on.")
+        return
     if ended.state is State.FAILED:
         raise HospitiumError(
             f"study {study} stopped itself: {ended.reason}. `hospitium study resume {study}` "
