@@ -21,7 +21,8 @@ def plain(extra: str = "") -> str:
         ("rounds = 40 ", "rounds = 20 "), ("width = 16", "width = 32"),
         ("local_steps = 4 ", "local_epochs = 1 "), ("batch_size = 512", "batch_size = 64"),
         ("learning_rate = 1.0", "learning_rate = 0.05"), ("momentum = 0.0", "momentum = 0.9"),
-        ('name = "fedavgm"', 'name = "fedavg"'),
+        ('name = "fedavgm"', 'name = "fedavg"'), ("norm_groups = 1 ", "# norm_groups "),
+        ("weight_standardisation = true", "# weight_standardisation"),
     ):  # fmt: skip
         assert private in text
         text = text.replace(private, gentle)
