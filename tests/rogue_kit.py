@@ -114,7 +114,9 @@ class RogueHospital:
         self.fleet = Fleet(
             self.home.settings().coordinator.address, self.home.ca.read_bytes(), self.key, None
         )
-        self._node = Node(self.fleet, self.home.socket, home / "node", Pace(busy_s=0.1, idle_s=0.5))
+        self._stop = threading.Event()
+        pace = Pace(busy_s=0.1, idle_s=0.5)
+        self._node = Node(self.fleet, self.home.socket, home / "node", pace, self._stop)
         self._thread = threading.Thread(target=self._node.run, daemon=True)
 
     def __enter__(self) -> RogueHospital:
@@ -123,7 +125,7 @@ class RogueHospital:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._node.stop()
+        self._stop.set()
         self._thread.join(10)
         self._server.stop(0.1)
         self.trainer.close()

@@ -6,6 +6,7 @@ Everything runs as installed: `hospitium coordinator serve`, three honest hospit
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import ssl
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.cli.build import build_fab_from_files
@@ -39,7 +41,7 @@ from hospitium_server.studies import ENDED, State, Status, StudyFolder
 from hospitium_server.superlink import SuperLinkOrder, application
 from hospitium_simulations.local_federation import LocalFederation
 from tests.deployment_kit import log_of, wait_until
-from tests.harm_kit import found, private_keys, private_study, what_patients_have
+from tests.harm_kit import child_of, found, private_keys, private_study, what_patients_have
 from tests.rogue_kit import RogueHospital
 
 TITLES = ("St. Anna", "Mercy", "Lakeside", "Rogue Clinic")
@@ -206,7 +208,11 @@ def test_the_control_listener_wants_its_token_even_on_the_coordinators_machine(
         assert elsewhere.connect_ex(("127.0.0.2", port)) != 0
 
 
-def test_an_endless_body_is_cut_off_before_it_fills_the_memory(federation: LocalFederation) -> None:
+def test_an_endless_body_does_not_fill_the_memory(federation: LocalFederation) -> None:
+    assert federation.coordinator_process is not None
+    pid = child_of(federation.coordinator_process.pid, "hospitium_server.superlink")
+    server = psutil.Process(pid)
+    before = server.memory_info().rss
     host, port = public(federation).removeprefix("https://").split(":")
     piece = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
     for path in ("GET /health", "GET /v1/fleet/pull-messages", "POST /v1/fleet/pull-messages"):
@@ -214,9 +220,10 @@ def test_an_endless_body_is_cut_off_before_it_fills_the_memory(federation: Local
         with trusting(federation).wrap_socket(raw, server_hostname=host) as stranger:
             head = f"{path} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
             stranger.sendall(head.encode())
-            with pytest.raises(OSError, match=r"reset|Broken pipe|EOF|closed"):
+            with contextlib.suppress(OSError):  # it may hang up on us
                 for _ in range(100):
                     stranger.sendall(piece)
+        assert server.memory_info().rss - before < 50 << 20, path
 
 
 def test_old_tls_and_plain_http_are_refused(federation: LocalFederation) -> None:

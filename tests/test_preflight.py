@@ -242,7 +242,13 @@ def test_a_line_in_order(line):
 
 @pytest.mark.parametrize(
     ("ahead_s", "verdict"),
-    [(-600, Verdict.BAD), (600, Verdict.BAD), (100, Verdict.WARNING), (5, Verdict.GOOD)],
+    [
+        (-600, Verdict.BAD),
+        (-10, Verdict.BAD),
+        (600, Verdict.BAD),
+        (100, Verdict.WARNING),
+        (5, Verdict.GOOD),
+    ],
 )
 def test_a_wrong_clock_is_seen(line, ahead_s, verdict):
     found = line(ahead_s=ahead_s)["clock"]

@@ -260,7 +260,8 @@ def _refusal(status: int) -> HospitiumError:
     if status == httpx.codes.UNAUTHORIZED:
         return NotEnrolled(
             "the coordinator does not accept this node's key: this site was revoked, or not yet "
-            "enrolled there, or one of the two clocks is wrong by minutes"
+            "enrolled there, or one of the two clocks is wrong: this one may be 5 s ahead or "
+            "5 min behind, not more"
         )
     if status == httpx.codes.PRECONDITION_FAILED:
         return NotEnrolled(

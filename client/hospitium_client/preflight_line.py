@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from hospitium_client.settings import SiteHome
 
 PATIENCE_S = 10.0
-GOOD_SKEW_S, LARGEST_SKEW_S = 30.0, 240.0
-"""The coordinator refuses a node whose clock is wrong by five minutes."""
+GOOD_BEHIND_S, MOST_BEHIND_S = 30.0, 240.0
+GOOD_AHEAD_S, MOST_AHEAD_S = 2.0, 4.0
+"""Flower refuses a node whose clock is five minutes behind the coordinator's, or five seconds ahead
+of it."""
 
 
 def check_line(
@@ -120,11 +122,12 @@ def _check_clock(date: str, now: float) -> Finding:
     skew_s = now - theirs.timestamp()
     ours = datetime.fromtimestamp(now, UTC)
     found = f"{abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} the coordinator's"
-    if abs(skew_s) > LARGEST_SKEW_S:
+    if not -MOST_BEHIND_S <= skew_s <= MOST_AHEAD_S:
         return bad(
             "clock", f"{found} ({ours:%H:%M:%S} here, {theirs:%H:%M:%S} there, UTC)",
-            "set the clock with NTP (`timedatectl set-ntp true`); nodes are refused beyond 5 min",
+            "set the clock with NTP (`timedatectl set-ntp true`); a node 5 s ahead or 5 min behind "
+            "is refused",
         )  # fmt: skip
-    if abs(skew_s) > GOOD_SKEW_S:
+    if not -GOOD_BEHIND_S <= skew_s <= GOOD_AHEAD_S:
         return doubtful("clock", found, "set the clock with NTP (`timedatectl set-ntp true`)")
     return good("clock", found)
