@@ -14,15 +14,18 @@ from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import Metadata
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, GetNodesRequest
+from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from hospitium_client.fleet import NotEnrolled
 from hospitium_common.enrolment.public_keys import node_public_pem
 from hospitium_server.control import SuperLinkControl, SuperLinkUnavailable
-from hospitium_server.listeners import LARGEST_BODY
+from hospitium_server.listeners import LARGEST_BODY, SMALL_BODY
 from tests.coordinator_kit import RealSuperLink
 
 PROTOBUF = {"content-type": "application/x-protobuf"}
+SIGNED = ("flwr-public-key", "flwr-timestamp", "flwr-signature")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,18 @@ def test_a_body_that_is_too_long_or_does_not_say_how_long_it_is_is_refused(publi
     path = "/v1/fleet/push-object"
     assert public.post(path, headers=PROTOBUF, content=bytes(LARGEST_BODY + 1)).status_code == 413
     assert public.post(path, headers=PROTOBUF, content=iter([b"x"])).status_code == 411
+
+
+def test_a_stranger_cannot_make_the_server_read_much(public):
+    path, body = "/v1/fleet/push-object", bytes(SMALL_BODY + 1)
+    assert public.post(path, headers=PROTOBUF, content=body).status_code == 401
+    key = ec.generate_private_key(ec.SECP384R1())
+    request = httpx.Request("POST", f"https://any{path}", headers=PROTOBUF)
+    context = ProtobufRequestContext(rpc_method="", message=ListRunsRequest(), request=request)
+    sign = NodeAuthHttpInterceptor(key, key.public_key()).intercept
+    sign(context, lambda context: httpx.Response(200))
+    signed = {name: request.headers[name] for name in (*PROTOBUF, *SIGNED)}
+    assert public.post(path, headers=signed, content=body).status_code == 401
 
 
 def test_control_needs_the_token_of_this_start(superlink):

@@ -8,8 +8,10 @@ directly; whatever is not a plain success goes the long way, which then says wha
 from __future__ import annotations
 
 import logging
+from base64 import b64decode
 from typing import TYPE_CHECKING, Any
 
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
@@ -21,8 +23,13 @@ from flwr.proto.runtime_pb2 import (
     PullAppMessagesRequest,
     PushAppMessagesRequest,
 )
-from flwr.supercore.constant import TASK_TOKEN_HEADER
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    TASK_TOKEN_HEADER,
+)
 from flwr.supercore.dependencies.task import authenticate_task
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.superlink.dependencies.linkstate import get_linkstate
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
@@ -79,6 +86,21 @@ class FastLane:
     def takes(self, scope: Scope) -> bool:
         """Whether a request is one of the frequent ones."""
         return scope["method"] == "POST" and (scope["path"] in FLEET or scope["path"] in RUNTIME)
+
+    def knows_sender(self, scope: Scope) -> bool:
+        """Whether a registered node signed the time in the headers; asked before a long body.
+
+        Flower checks it again, with the clock and the node's number, once the body is there.
+        """
+        request = Request({**scope, "app": self._app, "state": {}})
+        try:
+            key = b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+            signature = b64decode(request.headers[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
+            signed = request.headers[TIMESTAMP_HEADER].encode("ascii")
+            is_registered = get_linkstate(request).get_node_id_by_public_key(key) is not None
+            return is_registered and verify_signature(bytes_to_public_key(key), signed, signature)
+        except (KeyError, ValueError, TypeError):
+            return False
 
     def answer(self, scope: Scope, body: bytes) -> list[Message] | None:
         """Return the response, or None if the request has to go the long way."""

@@ -33,8 +33,10 @@ PULL_MESSAGES = "/v1/fleet/pull-messages"
 PULL_OBJECT = "/v1/fleet/pull-object"
 CONFIRM = "/v1/fleet/confirm-message-received"
 LONGEST_WAIT_S = 2.0
-LARGEST_BODY = 16 << 20
+LARGEST_BODY = 6 << 20
 """Flower sends objects in chunks of 5 MiB, each in a request of its own."""
+SMALL_BODY = 1 << 16
+"""More than this is read from registered nodes only."""
 LARGEST_LOG_RATE = 60
 """Refusals that are logged per minute; the rest are counted, so that nobody fills the disk."""
 
@@ -52,6 +54,10 @@ class Gate:
         self._lock = asyncio.Lock()
         self.questions = HeldQuestions()
         self.arrivals = Bell()
+
+    def knows_sender(self, scope: Scope) -> bool:
+        """Whether a registered node signed the headers of a request."""
+        return self._fast_lane.knows_sender(scope)
 
     def end(self) -> None:
         """Hold nobody any longer."""
@@ -82,8 +88,9 @@ class PublicListener:
     """The Fleet API and health for sites; 404 for everything else.
 
     **Guarantees:** the Control and Runtime APIs cannot be reached through it, whatever the
-    credentials; a body over ``LARGEST_BODY`` is refused before it is read; a node pushes replies
-    only in its own name (Flower authenticates the node but does not compare).
+    credentials; a body over ``LARGEST_BODY``, and a stranger's over ``SMALL_BODY``, is refused
+    before it is read; a node pushes replies only in its own name (Flower authenticates the node
+    but does not compare).
     """
 
     def __init__(self, gate: Gate, clock: Callable[[], float] = time.monotonic) -> None:
@@ -98,6 +105,8 @@ class PublicListener:
         status = _length_status(scope)
         if path != "/health" and not path.startswith("/v1/fleet/"):
             status = 404
+        if status == 200 and _length(scope) > SMALL_BODY and not self._gate.knows_sender(scope):
+            status = 401
         body = await _whole(receive) if status == 200 else b""
         if status == 200 and path == PUSH_MESSAGES and not _pushes_in_own_name(body):
             status = 403
@@ -186,13 +195,19 @@ def _length_status(scope: Scope) -> int:
     The HTTP parser below us holds a client to the length that it announced. A GET has no body here:
     one in chunks could go on for ever.
     """
-    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    length = _length(scope)
     if scope["method"] in ("GET", "HEAD"):
-        in_chunks = any(name == b"transfer-encoding" for name, _ in scope["headers"])
-        return 413 if in_chunks or any(value != b"0" for value in lengths) else 200
-    if len(lengths) != 1 or not lengths[0].isdigit():
+        lengths = (b"content-length", b"transfer-encoding")
+        return 413 if length != 0 and any(name in lengths for name, _ in scope["headers"]) else 200
+    if length < 0:
         return 411
-    return 413 if int(lengths[0]) > LARGEST_BODY else 200
+    return 413 if length > LARGEST_BODY else 200
+
+
+def _length(scope: Scope) -> int:
+    """How long a request says that its body is; -1 if it does not, or says it twice."""
+    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    return int(lengths[0]) if len(lengths) == 1 and lengths[0].isdigit() else -1
 
 
 async def _whole(receive: Receive) -> bytes:
