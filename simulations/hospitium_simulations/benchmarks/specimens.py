@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 STUDY = bytes(range(32))
 POLICY = SecAggPolicy(study=STUDY, ring_bits=16, n_max=4, m_min=3, weight_cap=9, tail_len=2)
 QUANTISER = Quantiser(lengths=(5, 2), bounds=(1.0, 0.5))
+ROTATED = Quantiser(lengths=(5, 2), bounds=(1.0, 0.5), rotation=STUDY, mixed=(True, False))
 SCENARIO = Path(__file__).parents[1] / "scenarios" / "stays.toml"
 SITES = (1, 2, 3, 4)
 
@@ -266,6 +267,7 @@ def specimens() -> list[Specimen]:
             name="SiteKeys", data=made.federation.parties[1].keys.encode(), read=SiteKeys.decode
         ),
         Specimen(name="Quantiser", data=QUANTISER.encode(), read=Quantiser.decode),
+        Specimen(name="Quantiser, rotated", data=ROTATED.encode(), read=Quantiser.decode),
         Specimen(
             name="Normalisation", data=normalisation.encode(),
             read=lambda data: Normalisation.decode(data, study),
