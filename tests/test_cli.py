@@ -29,6 +29,11 @@ def test_help_teaches(command, tmp_path):
     assert "Usage: hospitium" in shown.stdout
 
 
+def test_help_explains_arguments_too(tmp_path):
+    """Some versions of click and typer together leave that out."""
+    assert "Where to write it." in hospitium("study new --help", tmp_path).stdout
+
+
 def test_a_coordinator_signs_a_study_and_a_hospital_reviews_approves_and_revokes_it(tmp_path):
     steps = [
         ("study new my-study.toml --task ehr_sequence_classification", "Wrote my-study.toml"),
