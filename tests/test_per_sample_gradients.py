@@ -15,6 +15,7 @@ from hospitium_client.training.clipping.fast import check_layers, contributions
 from hospitium_client.training.clipping.opacus_hooks import OpacusHooks
 from hospitium_common.errors import ConfigError
 from hospitium_common.models import build
+from hospitium_common.models.deep_cnn import ResidualBlock
 from tests.test_models import CASES, inputs_for, study_for
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -248,6 +249,12 @@ def test_opacus_finds_the_same_clipped_sums(case):
     assert_exact(model, inputs_for(study, 4), OpacusHooks(model).contributions)
 
 
+def test_opacus_follows_the_residual_blocks_of_the_house():
+    model = res_net(2, ResidualBlock).double()
+    model.act = nn.ReLU()  # at the entrance, where the house asks MONAI for the same
+    assert_exact(model, torch.randn(2, 1, 16, 16), OpacusHooks(model).contributions)
+
+
 @pytest.mark.parametrize("size", [(5, 4), (5, 4, 3), (40, 30)])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_group_norm_gives_what_the_layer_gives(size, groups):
@@ -274,9 +281,9 @@ def dense_net(dimensions):
     )  # fmt: skip
 
 
-def res_net(dimensions):
+def res_net(dimensions, block="bottleneck"):
     network = ResNet(
-        "bottleneck", [1, 1, 1, 1], [4, 4, 8, 8], spatial_dims=dimensions, n_input_channels=1,
+        block, [1, 1, 1, 1], [4, 4, 8, 8], spatial_dims=dimensions, n_input_channels=1,
         num_classes=2, conv1_t_size=3, conv1_t_stride=1,
     )  # fmt: skip
     for name, layer in list(network.named_modules()):

@@ -1,8 +1,10 @@
 """Noise that an attacker cannot predict or undo.
 
-The stream is AES-256-CTR; normal deviates come from Box and Muller (1958) in float64. Each
-deviate is the scaled sum of ``DRAWS`` independent ones, so that the gaps between floating-point
-numbers no longer tell which values were possible (Mironov 2012; Holohan and Braghin 2021).
+The stream is AES-256-CTR; normal deviates come from Box and Muller (1958) in float64. Each number
+is the scaled sum of ``DRAWS`` independent deviates, rounded to float32, so that the gaps between
+floating-point numbers no longer tell which values were possible (Mironov 2012; Holohan and Braghin
+2021). Two numbers share their deviates with orthogonal signs: they are independent all the same,
+and two fresh deviates go into each, so that no set of numbers can be solved for single deviates.
 """
 
 from __future__ import annotations
@@ -46,8 +48,11 @@ class SecureNoise:
 
     def _deviates(self, count: int) -> Tensor:
         """Return float64 sums of ``DRAWS`` standard normal deviates."""
-        half = -(-count // 2)
-        radius = self.uniform(DRAWS * half).log_().mul_(-2.0).sqrt_().view(DRAWS, half)
-        angle = self.uniform(DRAWS * half).mul_(2 * math.pi).view(DRAWS, half)
-        sums = torch.cat([(angle.cos() * radius).sum(0), (angle.sin_() * radius).sum(0)])
-        return sums[:count]
+        quarter = -(-count // 4)
+        radius = self.uniform(DRAWS * quarter).log_().mul_(-2.0).sqrt_().view(DRAWS, quarter)
+        angle = self.uniform(DRAWS * quarter).mul_(2 * math.pi).view(DRAWS, quarter)
+        sums = []
+        for deviates in (angle.cos(), angle.sin_()):
+            even, odd = deviates.mul_(radius).view(2, 2, quarter).sum(0)
+            sums += [even + odd, even - odd]
+        return torch.cat(sums)[:count]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from monai.networks.nets.densenet import DenseNet
-from monai.networks.nets.resnet import ResNet
-from torch import nn
+from monai.networks.nets.resnet import ResNet, ResNetBlock
+from torch import Tensor, nn
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from hospitium_common.study.schema import DeepCnn
@@ -18,6 +19,16 @@ SMALLEST_FOR_DENSENET = 64
 SMALL_IMAGE = 64
 
 
+class ResidualBlock(ResNetBlock):
+    """MONAI's basic block without its work in place, which Opacus's hooks cannot follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[batch, channel, height, width]``."""
+        beside = x if self.downsample is None else self.downsample(x)
+        inside = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
+        return functional.relu(inside + beside)
+
+
 def deep_cnn(options: DeepCnn, *, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
     """Build the network for images of ``size``; small ones are not shrunk at the entrance.
 
@@ -27,7 +38,7 @@ def deep_cnn(options: DeepCnn, *, channels: int, size: tuple[int, int], classes:
     small = min(size) <= SMALL_IMAGE
     if options.name == "resnet18":
         network: nn.Module = ResNet(
-            block="basic",
+            block=ResidualBlock,
             layers=[2, 2, 2, 2],
             block_inplanes=[64, 128, 256, 512],
             spatial_dims=2,
