@@ -108,7 +108,9 @@ def measure_masks(figures: Figures) -> None:
         figures.add(f"{name}, one thread", size / one.processor, "GB/s", None)
         figures.add(f"{name}: cipher alone", size / raw.processor, "GB/s", None)
         figures.add(f"{name} / cipher alone", raw.processor / one.processor, "ratio", 0.85)
-        figures.add(f"{name}, two threads / one", one.clock / two.clock, "ratio", 1.7)
+        # Ten masks take two threads less than 2 ms, of which starting them is a part.
+        wanted = 1.7 if sites > 10 else None
+        figures.add(f"{name}, two threads / one", one.clock / two.clock, "ratio", wanted)
 
 
 def measure_uploads(figures: Figures) -> None:
