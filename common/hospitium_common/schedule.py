@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 NUMBERS_PER_STAGE = 16
 STATISTICS_STAGE = 1
-EVALUATION_STAGES = 3
-"""Evaluations follow the last training round: of the last model, the best, and the average."""
+EVALUATION_STAGES = 2
+"""Evaluations follow the last training round: of the last model, and of the released one."""
 SMALLEST_MEDIAN = 3
 """Of fewer groups, a bad one decides: a round with groups needs as many that came to a sum."""
 

@@ -248,33 +248,21 @@ class StudyRun:
         last = self._judged(last.number)
         number = selection.best_version(self._study, self._registry.history())
         best = last if number is None else self._registry.load(number)
-        totals = self._evaluate(stage + 1, best)
-        averaged = self._average(stage + 2, last, totals)
-        if averaged is not None:
-            best, totals = averaged
+        averaged = len(last.optimizer.average) > 0
+        if averaged:  # nothing is chosen by noisy validation figures
+            best = replace(last, parameters=last.optimizer.average.astype(np.float32))
+        # Totals are kept by version; those of the average under a number that no version has.
+        kept_as = self._study.rounds + 1 if averaged else best.number
+        totals = self._evaluate(stage + 1, best, number=kept_as)
         return StudyResult(
             last=last,
             best=best,
-            averaged=averaged is not None,
+            averaged=averaged,
             validation=figures(totals.validation, self._study),
             test=figures(totals.test, self._study),
             test_sums=totals.test,
             stopped_early=stopped,
         )
-
-    def _average(
-        self, stage: int, last: Version, best: EvaluationTotals
-    ) -> tuple[Version, EvaluationTotals] | None:
-        """Return the moving average, if the study keeps one and it does as well as the best."""
-        if len(last.optimizer.average) == 0:
-            return None
-        version = replace(last, parameters=last.optimizer.average.astype(np.float32))
-        totals = self._evaluate(stage, version, number=self._study.rounds + 1)
-        average, chosen = (
-            selection.merit(self._study, figures(one.validation, self._study))
-            for one in (totals, best)
-        )
-        return (version, totals) if average >= chosen else None
 
     def _evaluate(
         self, stage: int, version: Version, number: int | None = None

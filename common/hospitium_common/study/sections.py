@@ -160,8 +160,9 @@ class Strategy(Section):
     ``proximal_mu`` is FedProx's pull towards the global model (Li et al. 2020); the adaptive
     ones are those of Reddi et al. 2021. ``local_norms`` keeps normalisation layers at the
     sites (FedBN, Li et al. 2021). ``averaging`` > 0 keeps a moving average of the versions with
-    that decay per round; it is released where it does at least as well on validation patients as
-    the best version (De et al. 2022). It costs no privacy.
+    that decay per round and releases it instead of the version that did best on validation
+    patients (De et al. 2022): where these are few, the best of many versions is a matter of luck.
+    It costs no privacy.
     """
 
     name: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
