@@ -32,6 +32,17 @@ from hospitium_server.listeners import Gate, PublicListener
 from hospitium_server.superlink import SuperLinkOrder, application
 
 
+def wait_for(condition, within_s=60.0):
+    """Wait until something is so; a test that waits for ever says nothing."""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"it did not happen within {within_s} s")
+
+
 class Coordinator:
     """A SuperLink on loopback; ``address`` and ``authority`` (its CA) are what a site pins."""
 

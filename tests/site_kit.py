@@ -165,7 +165,7 @@ class Hospitals:
         return standing
 
     def run(self, answers, folder: Path, notes: Notes | None = None):
-        """Run the whole study over ``answers`` (site -> bytes to bytes), as the coordinator does."""
+        """Run the whole study over ``answers`` (site -> what answers), as the coordinator does."""
         study, model = self.study, build(self.study)
         layout = shared_layout(study, model)
         tail_layout = TailLayout.of(study, layout)

@@ -20,7 +20,7 @@ from hospitium_common.errors import ConfigError, PeerProtocolError
 from hospitium_common.flower_record import LARGEST_VALUE, as_record, payload_of
 from hospitium_server import holding
 from hospitium_server.certificates import certificate_pem, make_ca
-from tests.fleet_kit import Coordinator
+from tests.fleet_kit import Coordinator, wait_for
 
 QUICK = Pace(busy_s=0.02, idle_s=0.1)
 
@@ -62,8 +62,8 @@ class Site:
         self.node = Node(fleet, self.home / "trainer.sock", self.home, QUICK, self.stop)
         self.thread = threading.Thread(target=self.node.run)
         self.thread.start()
-        while wait and not (self.home / "node.id").exists():
-            time.sleep(0.01)
+        if wait:
+            wait_for((self.home / "node.id").exists)
 
     def disconnect(self, goodbye=True):
         """Stop the node; without a goodbye it is as if it had been killed."""
@@ -153,41 +153,36 @@ def test_a_killed_node_is_back_at_once_and_finishes_what_was_under_way(coordinat
     site.connect()
     run = coordinator.begin_run()
     asked = coordinator.send(run, site.node_id, b"x")
-    while not site.requests:
-        time.sleep(0.01)
+    wait_for(lambda: site.requests)
     site.disconnect(goodbye=False)
     site.connect()
     gate.set()
     assert payload_of(coordinator.reply(run, asked).content) == b"late x"
-    while list((site.home / "under-way").iterdir()):
-        time.sleep(0.01)
+    wait_for(lambda: not list((site.home / "under-way").iterdir()))
 
 
-def test_a_message_that_is_handed_out_twice_is_answered_once(coordinator, site):
-    gate, received = threading.Event(), []
+def test_a_message_that_is_handed_out_twice_is_answered_once(coordinator, site, monkeypatch):
+    gate, handed_out, again = threading.Event(), [], threading.Event()
+    receive = Fleet.receive
+
+    def receive_again(fleet, now_ms):
+        if handed_out and not again.is_set():
+            again.set()
+            return handed_out[0]
+        found = receive(fleet, now_ms)
+        handed_out.extend([found] if found else [])
+        return found
 
     def answer(data):
         assert gate.wait(20)
         return data
 
+    monkeypatch.setattr(Fleet, "receive", receive_again)
     site.serve(answer)
     site.connect()
-    receive = site.node._fleet.receive
-
-    def receive_again(now_ms):
-        if received:
-            return received[0]
-        found = receive(now_ms)
-        received.extend([found] if found else [])
-        return found
-
-    site.node._fleet.receive = receive_again
     run = coordinator.begin_run()
     asked = coordinator.send(run, site.node_id, b"x")
-    while not received:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    received.clear()
+    assert again.wait(20)
     gate.set()
     assert payload_of(coordinator.reply(run, asked).content) == b"x"
     assert site.requests == [b"x"]
@@ -205,8 +200,7 @@ def test_a_killed_node_that_forgot_its_number_waits_until_it_is_let_in(coordinat
         fleet.go_online()
     site.connect(wait=False)
     coordinator.state.deactivate_node(site.node_id)  # as when the old heartbeat has run out
-    while not (site.home / "node.id").exists():
-        time.sleep(0.01)
+    wait_for((site.home / "node.id").exists)
     assert coordinator.ask(run, site.node_id, b"after") == b"seen after"
 
 
@@ -232,8 +226,7 @@ def test_an_answer_that_could_not_be_sent_is_sent_when_the_coordinator_is_back(c
     site.connect()
     run = coordinator.begin_run()
     asked = coordinator.send(run, site.node_id, b"x")
-    while not site.requests:
-        time.sleep(0.01)
+    wait_for(lambda: site.requests)
     coordinator.stop()
     gate.set()
     time.sleep(0.5)
@@ -252,12 +245,10 @@ def test_a_message_of_a_run_that_ended_is_dropped(coordinator, site):
     site.connect()
     run = coordinator.begin_run()
     coordinator.send(run, site.node_id, b"x")
-    while not site.requests:
-        time.sleep(0.01)
+    wait_for(lambda: site.requests)
     coordinator.end_run()
     gate.set()
-    while list((site.home / "under-way").iterdir()):
-        time.sleep(0.01)
+    wait_for(lambda: not list((site.home / "under-way").iterdir()))
     again = coordinator.begin_run()
     assert coordinator.ask(again, site.node_id, b"y") == b"y"
 
@@ -268,8 +259,7 @@ def test_a_revoked_node_is_told_so_and_keeps_quiet(coordinator, site, caplog):
     run = coordinator.begin_run()
     coordinator.ask(run, site.node_id, b"before")
     coordinator.revoke(site.node_id)
-    while "revoked" not in caplog.text:
-        time.sleep(0.01)
+    wait_for(lambda: "revoked" in caplog.text)
     assert site.thread.is_alive()
 
 

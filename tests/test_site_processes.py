@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -13,7 +12,7 @@ from hospitium_client.keys import load_node_key
 from hospitium_common.envelope import Request, open_answer, seal_request
 from hospitium_common.messages import Standing, StudyState, decode
 from hospitium_common.toml_file import with_text_value
-from tests.fleet_kit import Coordinator
+from tests.fleet_kit import Coordinator, wait_for
 from tests.site_kit import Hospitals
 
 pytestmark = pytest.mark.deploy
@@ -70,16 +69,6 @@ class Running:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(30)
         self.coordinator.stop()
-
-
-def wait_for(condition, within_s=60.0):
-    until = time.monotonic() + within_s
-    while time.monotonic() < until:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
 
 
 @pytest.fixture(scope="module")
