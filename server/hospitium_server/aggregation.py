@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     Vector = NDArray[np.float64]
 
+CHUNK = 1 << 16
 SUSPICIOUS = 10.0
 """An aggregate whose norm is this many times the median of the rounds before is refused."""
 
@@ -56,6 +57,28 @@ def apply(
 
     FedProx differs from FedAvg at the sites only.
     """
+    moved = np.empty_like(parameters)
+    first, second, average = (
+        np.empty(len(parameters)) if len(kept) else kept
+        for kept in (state.first, state.second, state.average)
+    )
+    if study.strategy.averaging and not len(average):
+        average = np.empty(len(parameters))
+    # In pieces: a large model has room for its own vectors, not for temporary ones beside them.
+    for begin in range(0, len(parameters), CHUNK):
+        part = slice(begin, begin + CHUNK)
+        before = OptimizerState(
+            first=state.first[part], second=state.second[part], average=state.average[part]
+        )
+        after, moved[part] = _apply(study, before, parameters[part], mean_update[part])
+        first[part], second[part], average[part] = after.first, after.second, after.average
+    return OptimizerState(first=first, second=second, average=average), moved
+
+
+def _apply(
+    study: Study, state: OptimizerState, parameters: NDArray[np.float32], mean_update: Vector
+) -> tuple[OptimizerState, NDArray[np.float32]]:
+    """Move some coordinates; every coordinate moves by itself."""
     strategy, rate = study.strategy, study.strategy.server_learning_rate
     first, second = state.first, state.second
     if strategy.name in ("fedavg", "fedprox"):

@@ -300,7 +300,7 @@ class SecureSum:
                 self._key, roster, policy, purpose=plan.purpose, round_number=plan.number,
                 attempt=self._next_attempt(plan.number), invited=sites,
                 previous_result=previous, quantiser=plan.quantiser,
-                model=plan.parameters.tobytes(), public=plan.public,
+                model=plan.parameters.data.cast("B"), public=plan.public,
             )  # fmt: skip
             run = Unmasking(roster=roster, policy=policy, task=task, threads=usable_threads())
             runs.append(run)

@@ -67,7 +67,7 @@ class RoundSum:
 def signed_task(
     key: Ed25519PrivateKey, roster: Roster, policy: SecAggPolicy, *, purpose: Purpose,
     round_number: int, attempt: int, invited: Sequence[int], previous_result: bytes,
-    quantiser: Quantiser, model: bytes, public: bytes,
+    quantiser: Quantiser, model: bytes | memoryview, public: bytes,
 ) -> Task:  # fmt: skip
     """Return the task of a round, signed over the round's whole context."""
     task = Task(

@@ -43,10 +43,10 @@ class Task(Message):
     previous_result: bytes
     quantiser: Quantiser
     signature: bytes
-    model: bytes
+    model: bytes | memoryview
     public: bytes
 
-    def _parts(self) -> tuple[int | bytes, ...]:
+    def _parts(self) -> tuple[int | bytes | memoryview, ...]:
         return (
             self.study, self.purpose, self.round, self.attempt, bitmap(self.invited),
             self.model_digest, self.previous_result, self.quantiser.encode(), self.signature,

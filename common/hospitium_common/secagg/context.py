@@ -27,7 +27,7 @@ def round_context(task: Task, roster: Roster, policy: SecAggPolicy) -> bytes:
     )  # fmt: skip
 
 
-def model_digest(purpose: int, model: bytes, public: bytes) -> bytes:
+def model_digest(purpose: int, model: bytes | memoryview, public: bytes) -> bytes:
     """Digest of what the coordinator sends along: purpose, model and public figures."""
     return tagged_hash(Label.MODEL, purpose, payload_digest(Label.MODEL, model, public))
 

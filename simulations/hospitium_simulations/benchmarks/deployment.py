@@ -48,7 +48,7 @@ def measure(directory: Path) -> list[Result]:
         for name in federation.hospitals:
             federation.open(name)
         tiny, _ = _rounds(federation, "tiny", hidden="[8]", rounds=8)
-        large, peak = _rounds(federation, "large", hidden="[5000, 4990]", rounds=4)
+        large, peak = _rounds(federation, "large", hidden="[4096, 4096, 1900]", rounds=4)
         idle = _idle(federation)
     stock = stock_exchanges(directory / "tiny", sites=3, exchanges=EXCHANGES, numbers=0)
     bulk = stock_exchanges(directory / "large", sites=3, exchanges=2, numbers=LARGE)
