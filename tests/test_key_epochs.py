@@ -45,7 +45,8 @@ class Ward:
             transport=InMemoryTransport(self.enrolled.sessions),
             tail_layout=TailLayout.of(STUDY, layout),
             next_epoch=self.registry.next_epoch, next_attempt=self.registry.next_attempt,
-            begin_unmasking=self.registry.begin_unmasking, archive=RoundArchive(directory / "rounds"),
+            begin_unmasking=self.registry.begin_unmasking,
+            archive=RoundArchive(directory / "rounds"),
         )  # fmt: skip
 
     def statistics(self, retry: int):
