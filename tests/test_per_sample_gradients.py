@@ -71,6 +71,8 @@ def assert_exact(model, inputs, engine=contributions, loss=squares):
             < TOLERANCE
         )
         assert result.dropped == 0
+        assert not result.norms.requires_grad
+        assert not any(gradient.requires_grad for _, gradient in result.gradients)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 

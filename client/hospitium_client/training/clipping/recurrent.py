@@ -136,7 +136,7 @@ class _Lstm(torch.autograd.Function):
                 d_cell *= forget
                 torch.mm(gate, weight_across, out=d_hidden)
         kept.recording.contributions.append(
-            RecurrentGradients(kept.parameters, inputs, hidden[:-1], gates)
+            RecurrentGradients(kept.parameters, inputs.detach(), hidden[:-1], gates)
         )
         needed = ctx.needs_input_grad[0]  # type: ignore[attr-defined]  # torch sets it
         d_inputs = gates @ weight_in if needed else None
@@ -218,7 +218,7 @@ class _Gru(torch.autograd.Function):
             d_hidden *= update[t]
             d_hidden.addmm_(slopes[t, :, size:], weight_across)
         kept.recording.contributions.append(
-            RecurrentGradients(kept.parameters, inputs, hidden[:-1], slopes)
+            RecurrentGradients(kept.parameters, inputs.detach(), hidden[:-1], slopes)
         )
         needed = ctx.needs_input_grad[0]  # type: ignore[attr-defined]  # torch sets it
         d_inputs = slopes[:, :, : 3 * size] @ weight_in.roll(size, 0) if needed else None
