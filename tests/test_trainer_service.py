@@ -164,9 +164,21 @@ def test_a_second_trainer_on_the_same_socket_is_refused(serve, tmp_path):
     assert client.exchange(b"first", deadline_s=5) == b"first"
 
 
-def test_a_path_too_long_for_a_socket_is_refused(tmp_path):
+def test_a_path_that_is_too_long_for_the_kernel_works_all_the_same(tmp_path):
+    socket = tmp_path / ("deep" * 30) / "trainer.sock"
+    server = TrainerServer(socket, lambda data: data[::-1])
+    server.start()
+    client = TrainerClient(socket, ready_s=5.0)
+    assert client.exchange(b"abc", deadline_s=5) == b"cba"
+    assert stat.S_IMODE(socket.stat().st_mode) == 0o600
+    client.close()
+    assert server.stop(0.1)
+    assert not socket.exists()
+
+
+def test_a_long_path_without_its_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="at most 107 bytes"):
-        TrainerServer(tmp_path / ("x" * 120), lambda data: data)
+        TrainerClient(tmp_path / ("x" * 120) / "trainer.sock")
 
 
 MORTAL = """

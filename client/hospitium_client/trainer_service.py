@@ -66,7 +66,7 @@ class TrainerServer:
         group: str | None = None,
         largest_bytes: int = LARGEST_BYTES,
     ) -> None:
-        self._socket, self._answer = checked(socket), answer
+        self._socket, self._answer = socket, answer
         self._group, self._largest = group, largest_bytes
         self._health = health.HealthServicer()
         self._held = ExitStack()
@@ -108,7 +108,7 @@ class TrainerServer:
     def _bind(self, server: grpc.Server) -> None:
         before = os.umask(0o177)
         try:
-            server.add_insecure_port(f"unix:{self._socket}")
+            server.add_insecure_port(address_of(self._socket))
             if self._group is not None:
                 shutil.chown(self._socket, group=self._group)
                 self._socket.chmod(0o660)
@@ -143,8 +143,8 @@ class TrainerClient:
     """The node's end of the socket; safe to use from several threads."""
 
     def __init__(self, socket: Path, *, ready_s: float = READY_S) -> None:
-        self._socket, self._ready_s = checked(socket), ready_s
-        self._channel = grpc.insecure_channel(f"unix:{socket}", options=_OPTIONS)
+        self._socket, self._ready_s = socket, ready_s
+        self._channel = grpc.insecure_channel(address_of(socket), options=_OPTIONS)
         self._call = self._channel.stream_stream(f"/{SERVICE}/Exchange")
         self._check = health_pb2_grpc.HealthStub(self._channel).Check
 
@@ -203,11 +203,21 @@ def in_frames(data: bytes) -> Iterator[bytes]:
         yield bytes(view[start : start + FRAME_BYTES])
 
 
-def checked(socket: Path) -> Path:
-    """Return a socket's path if the kernel accepts it."""
-    if len(os.fsencode(socket)) > LONGEST_PATH:
+def address_of(socket: Path) -> str:
+    """Return what gRPC calls a socket; one with a path too long for the kernel goes by its folder.
+
+    The folder is then held open for as long as this process runs.
+
+    Raises:
+        ConfigError: the path is too long, and its folder cannot be opened.
+    """
+    if len(os.fsencode(socket)) <= LONGEST_PATH:
+        return f"unix:{socket}"
+    try:
+        folder = os.open(socket.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
         raise ConfigError(
-            f"{socket}: expected a socket's path of at most {LONGEST_PATH} bytes; choose a "
-            "shorter one with --socket"
-        )
-    return socket
+            f"{socket}: expected the folder of the trainer's socket, got: {error.strerror}; make "
+            f"it, or choose a path of at most {LONGEST_PATH} bytes with --socket"
+        ) from error
+    return f"unix:/proc/self/fd/{folder}/{socket.name}"
