@@ -165,7 +165,7 @@ def test_the_command_serves_starts_again_what_died_and_ends_cleanly(tmp_path):
     served.start()
     try:
         wait(lambda: "net is ready" in served.log.read_text(), "that it says so")
-        assert "one does; stop that one first" in served.refused("coordinator", "serve")
+        assert "another one is running" in served.refused("coordinator", "serve")
         # Its secrets are on nobody's command line, and its files are its owner's only.
         assert "token" not in " ".join(served.child().cmdline())
         database = served.home.path / "superlink" / "superlink.sqlite"

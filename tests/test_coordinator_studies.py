@@ -111,7 +111,7 @@ def test_one_server_per_coordinator(tmp_path):
     assert not is_served(home)
     with only_server(home):
         assert is_served(home)
-        with pytest.raises(ConfigError, match="expected no server"), only_server(home):
+        with pytest.raises(ConfigError, match="only server of this coordinator"), only_server(home):
             raise AssertionError
     assert not is_served(home)
 

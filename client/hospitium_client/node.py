@@ -16,11 +16,11 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
 from hospitium_client.app import SOCKET_KEY, app
-from hospitium_client.exclusive import exclusive
 from hospitium_client.fleet import HEARTBEAT_S, Delivery, Fleet, NotEnrolled, RunOver, Unreachable
 from hospitium_client.trainer_service import TrainerUnavailable
 from hospitium_common.durable import write_durably
 from hospitium_common.errors import HospitiumError
+from hospitium_common.exclusive import exclusive
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,7 +87,7 @@ class Node:
             ConfigError: another node of this site is running.
             HospitiumError: the disk is full.
         """
-        with exclusive(self._home / "node.lock", "node"):
+        with exclusive(self._home / "node.lock", "node of this site"):
             failures: list[Exception] = []
 
             def ask() -> None:

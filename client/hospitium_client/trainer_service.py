@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from hospitium_client.exclusive import exclusive
 from hospitium_common.errors import ConfigError, HospitiumError
+from hospitium_common.exclusive import exclusive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,7 +78,9 @@ class TrainerServer:
         Raises:
             ConfigError: another trainer holds this socket, or it cannot be made.
         """
-        self._held.enter_context(exclusive(self._socket.with_suffix(".lock"), "trainer"))
+        self._held.enter_context(
+            exclusive(self._socket.with_suffix(".lock"), "trainer of this site")
+        )
         server = grpc.server(
             ThreadPoolExecutor(THREADS, thread_name_prefix="exchange"),
             options=_OPTIONS,

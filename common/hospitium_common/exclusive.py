@@ -23,15 +23,36 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         ConfigError: another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, OWNER_ONLY)
+    descriptor = _open(path)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _take(descriptor):
             raise ConfigError(
-                f"{path}: expected to be the only {what} of this site, another one is running; "
-                "stop that one first"
-            ) from error
+                f"{path}: expected to be the only {what}, another one is running; stop that one "
+                "first"
+            )
         yield
     finally:
         os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock file ``path``."""
+    if not path.exists():
+        return False
+    descriptor = _open(path)
+    try:
+        return not _take(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, OWNER_ONLY)
+
+
+def _take(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
