@@ -97,7 +97,7 @@ def test_three_hospitals_and_a_coordinator_get_from_nothing_to_a_report(tmp_path
         run(report, office)
         assert "training" in run(ledger, tmp_path / "st-anna")
     page = office / "coordinator" / "studies" / "my-study" / "report.html"
-    assert "Who took part" in page.read_text()
+    assert "How did it get there?" in page.read_text()
 
 
 def shorten(study: Path) -> None:

@@ -26,7 +26,7 @@ def task(purpose, number, invited=(1, 2, 3)) -> Task:
     )  # fmt: skip
 
 
-BELONGS = {  # three training rounds: stage 1 statistics, 2 to 4 training, 3 to 7 evaluation
+BELONGS = {  # three training rounds: stage 1 statistics, 2 to 4 training, 3 to 6 evaluation
     "statistics in stage 1": (Purpose.STATISTICS, protocol_round(1, 15), True),
     "statistics in a later stage": (Purpose.STATISTICS, protocol_round(2), False),
     "statistics before everything": (Purpose.STATISTICS, 3, False),
@@ -37,8 +37,8 @@ BELONGS = {  # three training rounds: stage 1 statistics, 2 to 4 training, 3 to 
     "a training in the stage of statistics": (Purpose.TRAIN, protocol_round(1), False),
     "an evaluation before training": (Purpose.EVALUATE, protocol_round(2), False),
     "an evaluation after the first training": (Purpose.EVALUATE, protocol_round(3), True),
-    "the last evaluation": (Purpose.EVALUATE, protocol_round(7, 15), True),
-    "an evaluation long after": (Purpose.EVALUATE, protocol_round(8), False),
+    "the last evaluation": (Purpose.EVALUATE, protocol_round(6, 15), True),
+    "an evaluation too late": (Purpose.EVALUATE, protocol_round(7), False),
 }
 
 
