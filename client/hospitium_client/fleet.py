@@ -9,6 +9,7 @@ messages are cut into objects.
 from __future__ import annotations
 
 import logging
+import re
 import ssl
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 20.0
+OBJECT_ID = re.compile(r"[0-9a-f]{64}")
 """The coordinator takes a node for gone after two of these without a word."""
 OBJECT_BACKOFF_S = 0.1
 
@@ -171,11 +173,13 @@ class Fleet:
             response = self._client.PullMessages(PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return None
-        return Delivery(
-            message=message_from_proto(response.messages_list[0]),
-            tree=response.message_object_trees[0],
-            received_at_ms=now_ms,
-        )
+        tree = next(iter(response.message_object_trees), ObjectTree())
+        # It becomes a file's name here, and a server is not to choose where that file lies.
+        if not OBJECT_ID.fullmatch(tree.object_id):
+            raise Unreachable("the coordinator: expected a message with its parts, got another")
+        with _translated():
+            message = message_from_proto(response.messages_list[0])
+        return Delivery(message=message, tree=tree, received_at_ms=now_ms)
 
     def fetch(self, delivery: Delivery) -> Message:
         """Fetch a message's content.

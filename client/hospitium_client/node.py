@@ -152,7 +152,12 @@ class Node:
         self._noted_online(self._last_message)
         for file in sorted((self._home / UNDER_WAY).glob("*.delivery")):
             if file.stem not in self._under_way and len(self._under_way) < MOST_AT_ONCE:
-                delivery = Delivery.decode(file.read_bytes())
+                try:
+                    delivery = Delivery.decode(file.read_bytes())
+                except (HospitiumError, ValueError):
+                    log.warning("%s: expected a message under way, got another; removed", file)
+                    file.unlink()
+                    continue
                 log.info("message %.8s was under way when this node stopped", delivery.id)
                 self._begin(delivery)
 

@@ -39,7 +39,7 @@ def make_first_model(study_file: Path, target: Path) -> None:
         raise ConfigError(
             f"{study_file}: expected to build the first model, got: {last}. It needs the client "
             "packages: `pip install 'hospitium[client]'`, or make it on another machine with "
-            f"`python -m {MAKER} {study_file.name} {target.name}`"
+            f"`python -m {MAKER} {study_file.name} {target.name}` and put it at {target}"
         )
 
 

@@ -34,6 +34,7 @@ PULL_OBJECT = "/v1/fleet/pull-object"
 CONFIRM = "/v1/fleet/confirm-message-received"
 LONGEST_WAIT_S = 2.0
 LARGEST_BODY = 6 << 20
+BODY_S = 60.0
 """Flower sends objects in chunks of 5 MiB, each in a request of its own."""
 SMALL_BODY = 1 << 16
 """More than this is read from registered nodes only."""
@@ -107,7 +108,12 @@ class PublicListener:
             status = 404
         if status == 200 and _length(scope) > SMALL_BODY and not self._gate.knows_sender(scope):
             status = 401
-        body = await _whole(receive) if status == 200 else b""
+        body = b""
+        if status == 200:
+            try:
+                body = await _whole(receive)
+            except TimeoutError:
+                status = 408
         if status == 200 and path == PUSH_MESSAGES and not _pushes_in_own_name(body):
             status = 403
         sent = await self._answer(scope, body, receive) if status == 200 else _empty(status)
@@ -199,7 +205,7 @@ def _length_status(scope: Scope) -> int:
     if scope["method"] in ("GET", "HEAD"):
         lengths = (b"content-length", b"transfer-encoding")
         return 413 if length != 0 and any(name in lengths for name, _ in scope["headers"]) else 200
-    if length < 0:
+    if length < 0 or any(name == b"transfer-encoding" for name, _ in scope["headers"]):
         return 411
     return 413 if length > LARGEST_BODY else 200
 
@@ -211,12 +217,18 @@ def _length(scope: Scope) -> int:
 
 
 async def _whole(receive: Receive) -> bytes:
+    """Read a body, in bounded time.
+
+    Raises:
+        TimeoutError: it trickles.
+    """
     parts: list[bytes] = []
-    while True:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(parts)
+    async with asyncio.timeout(BODY_S):
+        while True:
+            message = await receive()
+            parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                return b"".join(parts)
 
 
 def _replay(content: bytes, receive: Receive) -> Receive:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from hospitium_server.control import SuperLinkUnavailable
+from hospitium_common.errors import HospitiumError
 from hospitium_server.founding import certificate_warnings
 from hospitium_server.jobs import Jobs
 from hospitium_server.nodes import NodeKeeper
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 STEP_S = 0.25
 NODES_EVERY_S = 2.0
 DAY_S = 24 * 3600.0
+COMPLAIN_EVERY_S = 60.0
 LOW_DISK_BYTES = 2 << 30
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 30.0
 
@@ -59,6 +60,7 @@ class Service:
         self._stop = threading.Event()
         self._looked_at_nodes = self._warned = float("-inf")
         self._crashes, self._start_again_at = 0, 0.0
+        self._trouble, self._complained = "", float("-inf")
 
     def run(self, on_ready: Callable[[int], None]) -> None:
         """Serve until SIGTERM or SIGINT; ``on_ready`` gets the public port.
@@ -96,8 +98,15 @@ class Service:
                 self._nodes.look(self._superlink.control)
                 self._crashes = 0
             self._jobs.look()
-        except SuperLinkUnavailable as error:
-            log.warning("%s", error)
+        except (HospitiumError, OSError) as error:
+            # A full disk or one process that does not start is no reason to end all the others.
+            self._complain(str(error), now)
+
+    def _complain(self, trouble: str, now: float) -> None:
+        """Log what is wrong; the same trouble once a minute."""
+        if trouble != self._trouble or now - self._complained > COMPLAIN_EVERY_S:
+            self._trouble, self._complained = trouble, now
+            log.warning("%s", trouble)
 
     def _start_again(self, now: float) -> None:
         """Start a SuperLink that ended, after a pause that grows; connections wait meanwhile."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from hospitium_common.durable import write_durably
 from hospitium_common.errors import ConfigError
-from hospitium_common.first_model import make_first_model
+from hospitium_common.first_model import load_first_model, make_first_model
 from hospitium_common.study import load_study
 from hospitium_common.study.signature import sign_study, signature_path
 
@@ -203,8 +203,13 @@ class StudyFolder:
         write_durably(self.path / "status.json", status.encode())
 
     def end(self, state: State, reason: str) -> None:
-        """Write down that nobody works on the study any more, and why."""
+        """Write down that nobody works on the study any more, and why.
+
+        What is finished stays finished, even if somebody ordered to stop while it ended.
+        """
         status = self.status()
+        if status.state is State.FINISHED:
+            state, reason = State.FINISHED, ""
         self.write_status(
             replace(status, state=state, reason=reason, what="", since=time.time(),
                     order=self.order().number)
@@ -235,7 +240,10 @@ def submit(studies: Path, file: Path, key: Ed25519PrivateKey) -> StudyFolder:
     folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_durably(folder.file, file.read_bytes())
     sign_study(study, folder.file, key)
-    make_first_model(folder.file, folder.first_model)
+    if folder.first_model.exists():
+        load_first_model(folder.first_model, study)  # made on another machine: is it this study's?
+    else:
+        make_first_model(folder.file, folder.first_model)
     folder.give_order(run=True)
     return folder
 

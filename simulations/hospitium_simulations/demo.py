@@ -82,7 +82,7 @@ def _run_study(
     console.rule(f"[bold]{study.study.title}")
     console.print(promise(study), style="italic")
     for number, hospital in enumerate(federation.hospitals.values(), start=1):
-        if not (hospital.home / kind).exists():
+        if not (hospital.home / kind / "dataset.toml").exists():
             write(hospital.home / kind, sites=1, patients_per_site=patients,
                   seed=study.study.seed + number)  # fmt: skip
     federation.begin(own, dict.fromkeys(federation.hospitals, kind))

@@ -7,6 +7,7 @@ Everything is done with the commands that people type; only the telephone call i
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -73,8 +74,11 @@ class LocalFederation:
 
     def found(self) -> None:
         """Found the federation and enroll every hospital; each sends one file and gets one back."""
-        if self.home.exists():
+        founded = self.directory / "founded"
+        if founded.exists():
             return
+        for leftover in (self.home, *(hospital.home for hospital in self.hospitals.values())):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a start that was interrupted
         self.directory.mkdir(parents=True, exist_ok=True)
         port, local_port = free_ports(2)
         self.run(
@@ -93,6 +97,7 @@ class LocalFederation:
             rules = policy.read_text(encoding="utf-8")
             rules = rules.replace("minimum_sites = 5", f"minimum_sites = {SMALLEST_COHORT}")
             policy.write_text(rules, encoding="utf-8")
+        founded.touch()
 
     def serve(self) -> None:
         """Start the coordinator and wait until it takes connections."""
@@ -109,7 +114,7 @@ class LocalFederation:
     def begin(self, study: Path, data: Mapping[str, str]) -> None:
         """Submit a study; every hospital in ``data`` approves it for that folder of its home."""
         document = load_study(study)
-        if not (self.home / "studies" / document.study.id).exists():
+        if not (self.home / "studies" / document.study.id / "order.json").exists():
             self.run("study", "submit", study.name, "--home", self.home)
         for name, folder in data.items():
             hospital = self.hospitals[name]
