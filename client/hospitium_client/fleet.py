@@ -51,6 +51,7 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from google.protobuf.message import DecodeError
 
 from hospitium_common.codec import Reader, encode_parts
 from hospitium_common.errors import HospitiumError, PeerProtocolError
@@ -107,14 +108,16 @@ class Delivery:
     def decode(cls, data: bytes) -> Delivery:
         """Read what ``encode`` wrote."""
         reader = Reader(data)
-        received_at_ms = reader.integer()
-        message, tree = MessageProto.FromString(reader.bytes()), reader.bytes()
+        received_at_ms, message, tree = reader.integer(), reader.bytes(), reader.bytes()
         reader.finish()
-        return cls(
-            message=message_from_proto(message),
-            tree=ObjectTree.FromString(tree),
-            received_at_ms=received_at_ms,
-        )
+        try:
+            return cls(
+                message=message_from_proto(MessageProto.FromString(message)),
+                tree=ObjectTree.FromString(tree),
+                received_at_ms=received_at_ms,
+            )
+        except DecodeError as error:
+            raise PeerProtocolError("expected a message under way, got something else") from error
 
 
 class Fleet:

@@ -99,9 +99,11 @@ def _check_enrolment(home: SiteHome, passphrase: Callable[[], bytes]) -> Iterato
     if member.revoked:
         yield bad(what, f"{name}, but revoked", "ask the coordinator")
     elif days <= 0:
-        yield bad(what, f"{name}, but expired", "ask the coordinator to renew the enrolment")
+        yield bad(what, f"{name}, but expired", "`hospitium site rotate`, and send the new request")
     elif days < SOON_DAYS:
-        yield doubtful(what, f"{name}; expires in {days:.0f} days", "ask the coordinator to renew")
+        yield doubtful(
+            what, f"{name}; expires in {days:.0f} days", "`hospitium site rotate` in time"
+        )
     else:
         yield good(what, f"{name}; valid for {days:.0f} days")
     if waiting is not None:

@@ -259,9 +259,14 @@ def _plan_entry(
             raise ConfigError(f"expected at most {LARGEST_INDEX} hospitals, the roster is full")
         return Plan(kind=Kind.NEW, before=None, after=_member(index, request, expires))
     if (old.keys, old.node_key) == (request.keys, request.node_key) and not old.revoked:
+        remedy = (
+            f"`hospitium coordinator admission {old.name}` writes its admission again"
+            if old.is_active(now)
+            else "its enrolment has expired: it sends a request of `hospitium site rotate`"
+        )
         raise ConfigError(
             f"{old.name}: expected a new hospital, it is enrolled already as site {old.index}; "
-            f"`hospitium coordinator admission {old.name}` writes its admission again"
+            f"{remedy}"
         )
     if old.is_active(now):
         raise ConfigError(

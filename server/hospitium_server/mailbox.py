@@ -69,6 +69,10 @@ HALF_S, STALL_S = 180.0, 20.0
 """For how long an answer may be announced and not there, and there but for a part."""
 MANY_PARTS = 16
 LONGEST_REASON = 80
+WHOLE_S = 120.0
+"""How long the parts of one message may take: other sites' answers wait meanwhile."""
+MOST_PARTS = 1000
+"""Of 5 MiB each: more than any update has, and not enough to fill a disk."""
 PART_PAUSE_S = 0.05
 RETRY_S = (0.1, 0.2, 0.5, 1.0)
 OUTAGE_STATUS = (502, 503, 504)
@@ -232,13 +236,19 @@ class Mailbox:
         if root is None:
             return Letter(error="its answer was never sent whole")
         contents[tree.object_id] = root
-        progress = time.monotonic()
-        for node in iterate_object_tree(tree):
+        begun = progress = time.monotonic()
+        for count, node in enumerate(iterate_object_tree(tree)):
+            if count >= MOST_PARTS:
+                return Letter(error="its answer has more parts than any could")
             while node.object_id not in contents:
                 part, known = self._part(node.object_id)
                 if part is not None:
                     contents[node.object_id], progress = part, time.monotonic()
-                elif not known or time.monotonic() - progress > STALL_S:
+                elif (
+                    not known
+                    or time.monotonic() - progress > STALL_S
+                    or time.monotonic() - begun > WHOLE_S
+                ):
                     return Letter(error="its answer was never sent whole")
                 else:
                     time.sleep(PART_PAUSE_S)
@@ -283,8 +293,8 @@ def _patiently(call: Callable[[], T]) -> T:
     """Call the SuperLink, and wait for it when it is away.
 
     Raises:
-        RunEnded: it says that this run is over.
-        HospitiumError: it stayed away, or refuses.
+        RunEnded: it says that this run is over, or stayed away.
+        HospitiumError: it refuses.
     """
     until, tries = time.monotonic() + OUTAGE_S, 0
     while True:
@@ -300,11 +310,9 @@ def _patiently(call: Callable[[], T]) -> T:
                     f"{error.request.url.path}"
                 ) from error
         except httpx.TransportError as error:
-            if time.monotonic() > until:
-                raise HospitiumError(
-                    f"SuperLink: expected it back within {OUTAGE_S:.0f} s, it is not"
-                ) from error
             if tries == 0:
                 log.info("the SuperLink is away: %s; trying again", type(error).__name__)
+        if time.monotonic() > until:
+            raise RunEnded(f"SuperLink: expected it back within {OUTAGE_S:.0f} s, it is not")
         time.sleep(RETRY_S[min(tries, len(RETRY_S) - 1)])
         tries += 1
