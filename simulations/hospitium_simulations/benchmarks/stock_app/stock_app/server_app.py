@@ -19,9 +19,13 @@ def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     while len(list(grid.get_node_ids())) < int(config["sites"]):
         time.sleep(0.2)
-    content = RecordDict({"model": ArrayRecord([np.zeros(int(config["numbers"]), np.float32)])})
     seconds = []
-    for _ in range(int(config["exchanges"])):
+    for exchange in range(int(config["exchanges"])):
+        # Fresh numbers every time: Flower stores and sends equal content only once.
+        numbers = np.random.default_rng(exchange).standard_normal(
+            int(config["numbers"]), dtype=np.float32
+        )
+        content = RecordDict({"model": ArrayRecord([numbers])})
         begun = time.monotonic()
         messages = [
             Message(content, dst_node_id=node, message_type="train") for node in grid.get_node_ids()
